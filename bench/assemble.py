@@ -1,0 +1,92 @@
+"""From a float network and a spec to a method that is ready to train: plan, surgery, calibration."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+from torch import nn
+
+from .chain import build
+from .data import Batch
+from .errors import RunFailed
+from .method import Method, Parts, Probe, has_effect
+from .quant import Bits, QuantLayer, Scope, calibrate, swap
+from .site import Site, find_sites
+from .spec import FLOAT_BITS, RunSpec, parse_bits
+from .task import Task
+
+
+def assemble(spec: RunSpec, net: nn.Module, task: Task, probe: Batch, plan: Mapping[str, Bits] | None = None) -> Method:
+    """Put a method's quantizers and modules into a float network.
+
+    Every quantizer is fitted here, on one shared probe batch, before any process group exists: ranks must start equal.
+
+    Args:
+        spec: The run; its chain is built.
+        net: The float network; it is taken over, and a copy of it may become the teacher.
+        task: What is learned.
+        probe: Unaugmented training images.
+        plan: Of a checkpoint that will be loaded: surgery is repeated as it was, and nothing is calibrated.
+
+    Returns:
+        The outermost method, attached to the network.
+
+    Raises:
+        RunFailed: The method changes nothing in this network, or leaves a layer out.
+    """
+    method = build(spec.method, spec.params)
+    image = tuple(probe.x.shape[1:])
+    sites = find_sites(net, image)
+    float_net = copy.deepcopy(net)
+    scope = Scope()
+    scope.domain = probe.domain
+    for member in method.members:  # a plan or a quantizer may look at the spec and the task
+        member.spec, member.task, member.scope = spec, task, scope
+    replaced = _replace(method, net, sites, scope)
+    layers = (
+        [s for s in find_sites(net, image) if s.kind == "layer"]
+        if replaced
+        else [s for s in sites if s.kind == "layer"]
+    )
+    sites = [*layers, *(s for s in sites if s.kind != "layer")]
+    bits = Bits(*parse_bits(spec.bits))
+    bit_plan = dict(plan) if plan is not None else method.plan(sites, bits, Probe(float_net, probe))
+    _place(method, net, layers, bit_plan, scope)
+    useless = has_effect(method, net, replaced)
+    if useless:
+        raise RunFailed(f"{useless} changes nothing in {spec.network} at {spec.bits}: it found no place to act on")
+    if plan is None:
+        calibrate(net, probe.x)
+    method.attach(net, Parts(spec, task, scope, probe, sites, bit_plan, float_net))
+    return method
+
+
+def _replace(method: Method, net: nn.Module, sites: list[Site], scope: Scope) -> dict[str, int]:
+    """Let every member replace norms, joints and heads; how many each replaced."""
+    replaced: dict[str, int] = {}
+    for member in method.members:
+        for site in sites:
+            if site.kind == "layer":
+                continue
+            old = net.get_submodule(site.name)
+            new = member.replace(site, old, scope)
+            if new is not old:
+                swap(net, site.name, new)
+                replaced[member.name] = replaced.get(member.name, 0) + 1
+    return replaced
+
+
+def _place(method: Method, net: nn.Module, layers: list[Site], plan: Mapping[str, Bits], scope: Scope) -> None:
+    """Put a `QuantLayer` at every layer that the plan gives less than 32 bits."""
+    missing = [site.name for site in layers if site.name not in plan]
+    if missing:
+        raise RunFailed(
+            f"the plan of {method.name} leaves out {', '.join(missing)}; give 32 bits to what shall stay in float"
+        )
+    for site in layers:
+        bits = Bits(*plan[site.name])
+        weight = method.weight_quantizer(bits.w, site, scope) if bits.w < FLOAT_BITS else None
+        act = method.act_quantizer(bits.a, site, scope) if bits.a < FLOAT_BITS else None
+        if weight is not None or act is not None:
+            swap(net, site.name, QuantLayer(net.get_submodule(site.name), weight, act))

@@ -1,0 +1,632 @@
+"""The plugin contract: what a method is, what it is handed, and the training loop that belongs to the harness.
+
+A method is one class in one file. It overrides what differs from plain quantization-aware training and nothing else; the harness
+owns the loop and hands out the pass (`Run.backward`, `Run.update`). See CONTRIBUTING.md for a worked example.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from .errors import RunFailed
+from .quant import Bits, Quantizer, QuantLayer, Scope, deployed, edge_bits, quant_layers
+from .quant.quantizer import finite_state, step_of
+from .seeds import seed_for
+from .site import Site
+from .spec import FLOAT_BITS, Frozen, RunSpec
+from .task import Task, combine
+
+if TYPE_CHECKING:
+    from .data import Batch, DataModule
+
+TeacherKind = Literal["float", "ema"]
+EMA_DECAY = 0.999  # of the `ema` teacher, per optimizer step (Tarvainen and Valpola 2017, arXiv 1703.01780)
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A feature that `Method.losses` asked for.
+
+    Attributes:
+        value: What the named module returned.
+        quantized: The module's input on its grid, if it is a layer with an activation quantizer.
+        step: That quantizer's grid spacing, if it has one.
+        inputs: What the module was given.
+    """
+
+    value: Tensor
+    quantized: Tensor | None
+    step: Tensor | None
+    inputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Out:
+    """One forward pass: logits (float [B, classes]), the taps asked for, and the same of each teacher, by its kind."""
+
+    logits: Tensor
+    taps: Mapping[str, Tap]
+    teacher: Mapping[str, Out] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of training with its own schedule. Most methods have one; decoupled training has two.
+
+    Attributes:
+        name: For logs.
+        epochs: How many.
+        sampler: ``instance`` (every image equally often) or ``class_balanced`` (every class equally often).
+        lr: Factor on the run's learning rate.
+    """
+
+    name: str
+    epochs: int
+    sampler: Literal["instance", "class_balanced"] = "instance"
+    lr: float = 1.0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What `Method.plan` may measure: the float network and a batch of unaugmented training images."""
+
+    net: nn.Module
+    batch: Batch
+
+
+class Run:
+    """One training run as a method sees it.
+
+    Attributes:
+        net: The quantized network.
+        opt: The optimizer; None outside training.
+        probe: The batch that calibrated the network (unaugmented training images).
+        batch: The batch in flight.
+        scope: Shared with all quantizers; it holds step and epoch.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+        self.net: nn.Module = method.net
+        self.scope = method.scope
+        self.probe = method.probe
+        self.batch: Batch = method.probe
+        self.opt: Any = None
+
+    def backward(self, batch: Batch | None = None, track: bool = True) -> dict[str, Tensor]:
+        """Fresh gradients of the *outermost* method's losses on ``batch`` (default: the batch in flight).
+
+        Gradient accumulation over micro-batches happens in here.
+
+        Args:
+            batch: Any batch or part of one.
+            track: Whether running statistics may move; False for a second pass over the same images.
+
+        Returns:
+            The losses, detached, each a mean over the batch.
+        """
+        self.opt.zero_grad(set_to_none=True)
+        parts = (batch or self.batch).chunk(self.method.spec.accumulate)
+        totals: dict[str, Tensor] = {}
+        for part in parts:
+            losses = self.method.compute_losses(part, track)
+            loss = torch.stack(list(losses.values())).sum() if len(losses) > 1 else next(iter(losses.values()))
+            self.method.manual_backward(loss / len(parts) if len(parts) > 1 else loss)
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0.0) + value.detach() / len(parts)
+        self.method.record_losses(totals)
+        return totals
+
+    def update(self) -> None:
+        """Clip the gradients, step optimizer and schedule, and bring quantizers back into range."""
+        self.method.update(self)
+
+    def train_batches(self) -> Iterator[Batch]:
+        """One pass over the unaugmented training images."""
+        return self.method.data.train_batches(self.method.spec.batch)
+
+
+# Lightning calls these on the outermost module only, so a method inside a chain would silently lose them.
+_FINAL = (
+    "training_step",
+    "validation_step",
+    "test_step",
+    "configure_optimizers",
+    "compute_losses",
+    "record_losses",
+    "update",
+    "attach",
+)
+
+
+class Method(L.LightningModule):
+    """Plain quantization-aware training, and the base of every method.
+
+    A subclass sets the class attributes and overrides what differs. State that must survive a resume is a buffer or a parameter.
+    """
+
+    name: ClassVar[str] = ""
+    """The name in suites and tables; setting it makes the class known to the registry."""
+    paper: ClassVar[str] = ""
+    """Authors, title, year, arXiv id."""
+    version: ClassVar[int] = 1
+    """Goes up by hand when the numbers move; the identity of every run of this method then changes."""
+    fidelity: ClassVar[Literal["paper", "reconstruction", "baseline"]] = "baseline"
+    trains: bool = True
+    changes_net: bool = True
+    bits: Sequence[int] = range(2, 9)
+    """Widths it can quantize to; ``(32,)`` for a float method."""
+    views: int = 1
+    """How many augmented views of each image a batch carries (`Batch.x`, `Batch.views`)."""
+    teacher: ClassVar[TeacherKind | None] = None
+    alters: ClassVar[frozenset[str]] = frozenset()
+    """Of logits, joint, head, norm, step: what cannot be altered twice in one chain."""
+    test_params: ClassVar[Mapping[str, Any]] = {}
+    """Settings under which every mechanism fires within 20 steps."""
+
+    class Params(Frozen):
+        """The method's own settings, with defaults and bounds."""
+
+    def __init__(self, params: Frozen | None = None) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.params: Any = params if params is not None else self.Params()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        taken = [n for n in vars(cls) if n in _FINAL or n.startswith("on_")]
+        if taken and cls.__module__ != __name__:
+            raise TypeError(
+                f"{cls.__name__} overrides {taken[0]}, which belongs to the harness; see start, epoch_start, step, losses"
+            )
+
+    # --- build: called once, the inner method first where it says so ----------------------------------------------------------
+
+    def plan(self, sites: Sequence[Site], bits: Bits, probe: Probe) -> dict[str, Bits]:
+        """Bits of every layer. Default: ``bits`` everywhere but in the first and the last layer, as the run's ``first_last`` says.
+
+        Args:
+            sites: The network's sites, in order of execution.
+            bits: What the run asks for; a mixed-precision plan keeps this average over the inner layers' weights.
+            probe: Float network and probe batch, to measure sensitivity.
+        """
+        edge = edge_bits(self.spec.first_last, bits)
+        return {site.name: edge if site.edge else bits for site in sites if site.kind == "layer"}
+
+    def weight_quantizer(self, bits: int, site: Site, scope: Scope) -> Quantizer:
+        """The quantizer of a layer's weight; not called at 32 bits."""
+        raise NotImplementedError(f"{self.name} has no weight quantizer")
+
+    def act_quantizer(self, bits: int, site: Site, scope: Scope) -> Quantizer:
+        """The quantizer of a layer's input; not called at 32 bits. ``site.signed_input`` says whether it has negative values."""
+        raise NotImplementedError(f"{self.name} has no activation quantizer")
+
+    def replace(self, site: Site, module: nn.Module, scope: Scope) -> nn.Module:
+        """What stands at a norm, joint or head, before quantizers are placed. Called on every method of a chain, the inner first."""
+        return module
+
+    def taps(self, sites: Sequence[Site]) -> Sequence[str]:
+        """Names of the modules whose features `losses` wants. Called on every method of a chain."""
+        return ()
+
+    def param_groups(self, net: nn.Module) -> list[dict[str, Any]]:
+        """Optimizer groups of the network's parameters: ``params``, ``lr_scale``, ``weight_decay`` (None: the run's)."""
+        groups: dict[tuple[float, float | None], list[nn.Parameter]] = {}
+        for module in net.modules():
+            special = module.groups if isinstance(module, Quantizer) else {}
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.requires_grad:
+                    groups.setdefault(special.get(name, (1.0, None)), []).append(parameter)
+        return [{"params": ps, "lr_scale": scale, "weight_decay": wd} for (scale, wd), ps in groups.items()]
+
+    def stages(self, epochs: int) -> list[Stage]:
+        """How the epochs are spent."""
+        return [Stage("train", epochs)]
+
+    # --- train: called on every method of a chain, the inner first, without gradients -----------------------------------------
+
+    def start(self, run: Run, stage: Stage) -> None:
+        """A stage begins. Not called again on resume."""
+
+    def epoch_start(self, run: Run) -> None:
+        """An epoch begins."""
+
+    def before_update(self, run: Run) -> None:
+        """Gradients are there; the optimizer has not stepped."""
+
+    def after_update(self, run: Run) -> None:
+        """The optimizer has stepped."""
+
+    def validated(self, run: Run, metrics: Mapping[str, float]) -> None:
+        """The validation split was measured."""
+
+    # --- train: the outermost decides ----------------------------------------------------------------------------------------
+
+    def losses(self, out: Out, batch: Batch) -> dict[str, Tensor]:
+        """Named losses; their sum is minimised. Default: the task's."""
+        return self.task.losses(out.logits, batch)
+
+    def step(self, run: Run) -> None:
+        """One training step."""
+        run.backward()
+        run.update()
+
+    # --- use -----------------------------------------------------------------------------------------------------------------
+
+    def predict(self, net: nn.Module, batch: Batch) -> Tensor:
+        """Logits, float [B, classes], when the network is used."""
+        return net(batch.x)
+
+    def deploy(self, run: Run) -> nn.Module:
+        """The network in the form in which it would be shipped: weights as integer codes, whatever only trained folded away."""
+        return deployed(run.net)
+
+    def skip(self, task: Task) -> str | None:
+        """Why this method cannot be run on this task, or None."""
+        return None
+
+    # --- what belongs to the harness (final) -------------------------------------------------------------------------------------
+
+    @property
+    def members(self) -> list[Method]:
+        """The methods of the chain that this method is the outermost of, the inner first."""
+        return [self]
+
+    def attach(self, net: nn.Module, parts: Parts) -> None:
+        """Give the outermost method its network and every member what it may know."""
+        for member in self.members:
+            member.spec, member.task, member.scope = parts.spec, parts.task, parts.scope
+        self.net = net
+        self.probe, self.sites, self.bit_plan = parts.probe, parts.sites, parts.plan
+        self.tap_names = tuple(dict.fromkeys(name for m in self.members for name in m.taps(parts.sites)))
+        kinds = {m.teacher for m in self.members} - {None}
+        # The float teacher stays outside the module tree: it is neither trained nor saved.
+        self._float_teacher = [parts.float_net.eval().requires_grad_(False)] if "float" in kinds else []
+        if "ema" in kinds:
+            self.ema = copy.deepcopy(net).eval().requires_grad_(False)
+        self._quantizers = [m for m in net.modules() if isinstance(m, Quantizer)]
+        self._stages = self.stages(parts.spec.epochs)
+        self.losses_seen: dict[str, Tensor] = {}
+        self.steps_seen = 0
+        self.metrics: dict[str, float] = {}
+
+    @property
+    def data(self) -> DataModule:
+        """The data module of the run in progress."""
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    def compute_losses(self, batch: Batch, track: bool) -> dict[str, Tensor]:
+        """The outermost method's losses on one micro-batch, with what its taps and teachers see."""
+        self.scope.domain, self.scope.labels, self.scope.track = batch.domain, batch.y, track
+        with self._autocast():
+            with _tracking(self.net, track):
+                out = _forward(self.net, batch.x, self.tap_names)
+            if self._float_teacher or hasattr(self, "ema"):
+                out = Out(out.logits, out.taps, self._teach(batch.x))
+            return self.losses(out, batch)
+
+    def _teach(self, x: Tensor) -> dict[str, Out]:
+        nets = {"float": net for net in self._float_teacher}
+        if hasattr(self, "ema"):
+            nets["ema"] = self.ema
+        track, self.scope.track = self.scope.track, False
+        with torch.no_grad():
+            outs = {kind: _forward(net, x, self.tap_names) for kind, net in nets.items()}
+        self.scope.track = track
+        return outs
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        # Entered for each pass rather than once a step: autocast caches the bf16 copies of the weights until it is left, and a
+        # method that moves the weights between two passes would see the old ones.
+        if self.spec.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def record_losses(self, losses: Mapping[str, Tensor]) -> None:
+        """Add to the epoch's sums, without waiting for the device."""
+        for name, value in losses.items():
+            seen = self.losses_seen.get(name)
+            self.losses_seen[name] = value.clone() if seen is None else seen.add_(value)
+        self.steps_seen += 1
+
+    def epoch_losses(self) -> dict[str, float]:
+        """Mean of each loss over the epoch so far.
+
+        Raises:
+            RunFailed: A loss or a quantizer's state is not finite, or a step has collapsed.
+        """
+        means = {f"train/{name}": float(value) / self.steps_seen for name, value in self.losses_seen.items()}
+        for name, value in means.items():
+            if not math.isfinite(value):
+                raise RunFailed(f"diverged: {name} is {value} in epoch {self.current_epoch}")
+        for name, module in self.net.named_modules():
+            wrong = finite_state(module) if isinstance(module, Quantizer) else None
+            if wrong:
+                raise RunFailed(f"diverged: {wrong} in {name} in epoch {self.current_epoch}")
+        return means
+
+    def update(self, run: Run) -> None:
+        """See `Run.update`."""
+        with torch.no_grad():
+            for member in self.members:
+                member.before_update(run)
+        if self.spec.clip is not None:
+            nn.utils.clip_grad_norm_((p for p in self.parameters() if p.grad is not None), self.spec.clip)
+        run.opt.step()
+        with torch.no_grad():
+            for quantizer in self._quantizers:
+                quantizer.project()
+            if hasattr(self, "ema"):
+                _follow(self.ema, self.net)
+            for member in self.members:
+                member.after_update(run)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """One optimizer: the network's groups as the method says, then the chain's own parameters."""
+        spec = self.spec
+        groups = self.param_groups(self.net)
+        known = {id(p) for group in groups for p in group["params"]}
+        own = [p for p in self.parameters() if p.requires_grad and id(p) not in known]
+        if own:
+            groups.append({"params": own, "lr_scale": 1.0, "weight_decay": None})
+        for group in groups:
+            group["weight_decay"] = spec.weight_decay if group["weight_decay"] is None else group["weight_decay"]
+        fused = self.device.type in ("cpu", "cuda")
+        if spec.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum, fused=fused)
+        kind = torch.optim.Adam if spec.optimizer == "adam" else torch.optim.AdamW
+        return kind(groups, lr=spec.lr, fused=fused)
+
+    def on_fit_start(self) -> None:
+        """Make the run and bring the teacher to the device."""
+        for net in self._float_teacher:
+            net.to(self.device)
+        self.run_in_progress = Run(self)
+        self.scope.epochs = sum(stage.epochs for stage in self._stages)
+        self.scope.steps = self.scope.epochs * self.data.steps
+
+    def _stage(self, epoch: int) -> tuple[Stage, int]:
+        """The stage of an epoch, and how many epochs of it have passed."""
+        for stage in self._stages:
+            if epoch < stage.epochs:
+                return stage, epoch
+            epoch -= stage.epochs
+        return self._stages[-1], self._stages[-1].epochs
+
+    def on_train_epoch_start(self) -> None:
+        """Reseed everything from (seed, epoch), so that a resumed run draws what an uninterrupted one draws."""
+        run, epoch = self.run_in_progress, self.current_epoch
+        stage, passed = self._stage(epoch)
+        torch.manual_seed(seed_for("epoch", self.spec.seed, epoch))
+        self.data.epoch, self.data.sampler = epoch, stage.sampler
+        self.scope.epoch, self.scope.step = epoch, epoch * self.data.steps
+        self.losses_seen, self.steps_seen = {}, 0
+        run.opt = self.optimizers()
+        if hasattr(self, "ema"):
+            self.ema.eval()
+        with torch.no_grad():
+            if passed == 0:
+                for member in self.members:
+                    member.start(run, stage)
+            for member in self.members:
+                member.epoch_start(run)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Set the learning rate, and hand the step to the outermost method."""
+        run = self.run_in_progress
+        run.batch = batch
+        stage, passed = self._stage(self.current_epoch)
+        done = (passed * self.data.steps + batch_idx) / max(stage.epochs * self.data.steps, 1)
+        lr = self.spec.lr * stage.lr * schedule(self.spec.schedule, done)
+        for group in run.opt.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        self.step(run)
+        self.scope.step += 1
+
+    def _evaluate(self, batch: Batch, domain: str) -> None:
+        self.scope.domain, self.scope.labels, self.scope.track = batch.domain, None, False
+        with self._autocast():
+            logits = self.predict(self.net, batch)
+        if domain not in self._meters:
+            self._meters[domain] = self.task.meter(self.device)
+        self._meters[domain].update(logits, batch.y)
+
+    def on_validation_epoch_start(self) -> None:
+        """Fresh meters."""
+        self._meters: dict[str, Any] = {}
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measure a batch of one validation domain."""
+        self._evaluate(batch, self.data.val_domains[dataloader_idx])
+
+    def on_validation_epoch_end(self) -> None:
+        """Metrics of the validation split, to `metrics` and to every method of the chain."""
+        self.metrics = combine({domain: meter.compute() for domain, meter in self._meters.items()}, "val")
+        if self.trainer.training:
+            for member in self.members:
+                member.validated(self.run_in_progress, self.metrics)
+
+    def on_test_epoch_start(self) -> None:
+        """Fresh meters."""
+        self._meters = {}
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Measure a batch of one test domain."""
+        self._evaluate(batch, self.test_domains[dataloader_idx])
+
+    def on_test_epoch_end(self) -> None:
+        """Leave what was measured in `tested`: domain -> metrics."""
+        self.tested = {domain: meter.compute() for domain, meter in self._meters.items()}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The plan and the spec travel with the weights, as plain types, and rebuild the surgery."""
+        checkpoint["qatbench"] = {
+            "spec": self.spec.model_dump(mode="json"),
+            "plan": {name: list(bits) for name, bits in self.bit_plan.items()},
+        }
+
+
+class Wrapper(Method):
+    """Adds to any other method; what it does not override is the inner method's.
+
+    ``replace``, ``taps`` and the hooks (``start`` to ``validated``) are called on every member of a chain, so a wrapper overrides
+    them without calling the inner method's; everything else it overrides may call ``self.inner``.
+
+    Args:
+        inner: The method that is wrapped; it may be a wrapper itself.
+        params: The wrapper's own settings.
+    """
+
+    default_inner: ClassVar[str | None] = None
+    """What it wraps when it is named alone."""
+    changes_net = False
+
+    def __init__(self, inner: Method, params: Frozen | None = None) -> None:
+        super().__init__(params)
+        self.inner = inner
+        self.trains, self.bits, self.views = inner.trains, inner.bits, max(self.views, inner.views)
+
+    @property
+    def members(self) -> list[Method]:
+        """The inner method's members, then this wrapper."""
+        return [*self.inner.members, self]
+
+    def plan(self, sites: Sequence[Site], bits: Bits, probe: Probe) -> dict[str, Bits]:
+        """The inner method's."""
+        return self.inner.plan(sites, bits, probe)
+
+    def weight_quantizer(self, bits: int, site: Site, scope: Scope) -> Quantizer:
+        """The inner method's."""
+        return self.inner.weight_quantizer(bits, site, scope)
+
+    def act_quantizer(self, bits: int, site: Site, scope: Scope) -> Quantizer:
+        """The inner method's."""
+        return self.inner.act_quantizer(bits, site, scope)
+
+    def param_groups(self, net: nn.Module) -> list[dict[str, Any]]:
+        """The inner method's."""
+        return self.inner.param_groups(net)
+
+    def stages(self, epochs: int) -> list[Stage]:
+        """The inner method's."""
+        return self.inner.stages(epochs)
+
+    def losses(self, out: Out, batch: Batch) -> dict[str, Tensor]:
+        """The inner method's."""
+        return self.inner.losses(out, batch)
+
+    def step(self, run: Run) -> None:
+        """The inner method's."""
+        self.inner.step(run)
+
+    def predict(self, net: nn.Module, batch: Batch) -> Tensor:
+        """The inner method's."""
+        return self.inner.predict(net, batch)
+
+    def deploy(self, run: Run) -> nn.Module:
+        """The inner method's."""
+        return self.inner.deploy(run)
+
+    def skip(self, task: Task) -> str | None:
+        """The inner method's reason; or that there is no training to add to."""
+        if not self.inner.trains:
+            return f"{self.inner.name} does not train, so {self.name} has nothing to add to"
+        return self.inner.skip(task)
+
+
+@dataclass
+class Parts:
+    """What `bench.assemble` hands to `Method.attach`."""
+
+    spec: RunSpec
+    task: Task
+    scope: Scope
+    probe: Batch
+    sites: list[Site]
+    plan: dict[str, Bits]
+    float_net: nn.Module
+
+
+def schedule(kind: str, done: float) -> float:
+    """Factor on the learning rate when a share ``done`` (0 to 1) of a stage's steps has passed."""
+    if kind == "cosine":  # without restarts (Loshchilov and Hutter 2017, arXiv 1608.03983), to zero
+        return 0.5 * (1.0 + math.cos(math.pi * done))
+    if kind == "step":
+        return 0.1 ** ((done >= 0.6) + (done >= 0.8))
+    return 1.0
+
+
+_TRACKERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+
+@contextlib.contextmanager
+def _not_tracking(net: nn.Module) -> Iterator[None]:
+    # Their own switch, not the momentum: with momentum 0 a BatchNorm still counts batches.
+    norms = [m for m in net.modules() if isinstance(m, _TRACKERS) and m.track_running_stats]
+    try:
+        for norm in norms:
+            norm.track_running_stats = False
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def _tracking(net: nn.Module, on: bool) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if on else _not_tracking(net)
+
+
+def _forward(net: nn.Module, x: Tensor, tap_names: Iterable[str]) -> Out:
+    taps: dict[str, Tap] = {}
+    handles = [net.get_submodule(name).register_forward_hook(_recorder(taps, name)) for name in tap_names]
+    try:
+        logits = net(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Out(logits, taps)
+
+
+def _recorder(taps: dict[str, Tap], name: str) -> Any:
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        quantizer = module.act_quantizer if isinstance(module, QuantLayer) else None
+        quantized = None if quantizer is None else quantizer(inputs[0])
+        taps[name] = Tap(output, quantized, None if quantizer is None else step_of(quantizer), inputs)
+
+    return record
+
+
+def _follow(teacher: nn.Module, student: nn.Module) -> None:
+    for ours, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
+        ours.lerp_(theirs.detach(), 1.0 - EMA_DECAY)
+    for ours, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
+        ours.copy_(theirs)
+
+
+def has_effect(method: Method, net: nn.Module, replaced: Mapping[str, int]) -> str | None:
+    """The name of the first member that claims to change the network and did not, or None.
+
+    Args:
+        method: The outermost method.
+        net: The network after surgery.
+        replaced: Member's name -> how many modules it replaced.
+    """
+    quantized = any(layer.weight_quantizer or layer.act_quantizer for _, layer in quant_layers(net))
+    for member in method.members:
+        places = type(member).weight_quantizer, type(member).act_quantizer
+        quantizes = places != (Wrapper.weight_quantizer, Wrapper.act_quantizer)
+        if member.changes_net and not replaced.get(member.name) and not (quantizes and quantized):
+            return member.name
+    return None
+
+
+__all__ = ["FLOAT_BITS", "Method", "Out", "Parts", "Probe", "Run", "Stage", "Tap", "Wrapper", "has_effect", "schedule"]

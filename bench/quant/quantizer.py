@@ -1,0 +1,106 @@
+"""What a quantizer is, and what it may know of the batch in flight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..site import Site
+
+Decode = Callable[[Tensor], Tensor]
+
+
+class Scope:
+    """What a quantizer may know of the batch in flight. One object is shared by all quantizers of a network.
+
+    Attributes:
+        domain: int64 [B], the training domain of each image, -1 for a domain unseen in training; None before the first batch.
+        labels: int64 [B] while training, None otherwise.
+        track: Whether running statistics may move. False in evaluation, calibration and a method's second pass.
+        step, steps: The optimizer step and how many there will be.
+        epoch, epochs: The epoch and how many there will be.
+    """
+
+    def __init__(self) -> None:
+        self.domain: Tensor | None = None
+        self.labels: Tensor | None = None
+        self.track = False
+        self.step = self.steps = self.epoch = self.epochs = 0
+
+    def __deepcopy__(self, memo: dict) -> Scope:
+        return self  # a copy of a network (teacher, deployed form) sees the same batch
+
+
+class Quantizer(nn.Module):
+    """Maps a tensor onto at most ``2**bits`` codes, with a useful gradient.
+
+    State lives in buffers and parameters whose shapes are known when the quantizer is built, so that a checkpoint loads. A quantizer
+    with a uniform grid has its spacing as ``step`` (parameter, buffer or property, broadcastable to the input); see `step_of`.
+
+    Args:
+        bits: Width of a code, 1 to 8.
+        site: The layer whose weight or input is quantized.
+        scope: Shared by all quantizers of the network.
+        signed: Whether the input has negative values (weights always do; activations after a ReLU do not).
+    """
+
+    groups: ClassVar[dict[str, tuple[float, float | None]]] = {}
+    """Parameter name -> (factor on the learning rate, weight decay or None for the run's)."""
+
+    def __init__(self, bits: int, site: Site, scope: Scope, signed: bool) -> None:
+        super().__init__()
+        self.bits, self.site, self.scope, self.signed = bits, site, scope, signed
+        self.qmin = -(2 ** (bits - 1)) if signed else 0
+        self.qmax = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
+
+    def fit(self, x: Tensor) -> None:
+        """Set the state from a real tensor. The harness calls it once, on the shared probe batch, before training.
+
+        A quantizer that fits itself in the first training step makes the ranks of a distributed run diverge.
+        """
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """``x`` on the grid, differentiable. In eval mode equal, to the bit, to ``decode(encode(x))``."""
+        raise NotImplementedError
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Decode]:
+        """Integer codes (int32, the shape of ``x``) and the function that turns codes back into values."""
+        raise NotImplementedError
+
+    def project(self) -> None:
+        """Bring parameters back into their valid range; called after every optimizer step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `quantize`."""
+        return self.quantize(x)
+
+    def extra_repr(self) -> str:
+        """Bits and range, for ``print(net)``."""
+        return f"bits={self.bits}, codes={self.qmin}..{self.qmax}"
+
+
+def snap(x: Tensor, q: Tensor) -> Tensor:
+    """The straight-through estimator that stays on the grid: value exactly ``q``, gradient that of ``x``.
+
+    The usual ``x + (q - x).detach()`` leaves the grid in floating point: 18 values for a 16-entry codebook.
+    """
+    return q.detach() + (x - x.detach())
+
+
+def step_of(quantizer: Quantizer) -> Tensor | None:
+    """The grid spacing; None if the grid is not uniform."""
+    return getattr(quantizer, "step", None)
+
+
+def finite_state(quantizer: Quantizer) -> str | None:
+    """The name of the first parameter or buffer that is not finite, or of a step that has collapsed to nothing."""
+    for name, value in (*quantizer.named_parameters(recurse=False), *quantizer.named_buffers(recurse=False)):
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            return f"{name} is not finite"
+    step = step_of(quantizer)
+    if step is not None and bool((step <= 1e-8).any()):
+        return "step collapsed to zero"
+    return None

@@ -1,0 +1,164 @@
+"""From what was asked to what will run: a spec in normal form, with the hash of everything that determines its number."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .augment import find_augment
+from .chain import build, chain_params, members, normal_name
+from .data import DataSet, Loaded, make_splits, open_data, parse_protocol
+from .errors import UserError
+from .method import Method
+from .registry import find, plugin
+from .spec import FLOAT_BITS, RunSpec, canonical_json, content_hash, parse_bits, validated
+from .task import Task
+
+HARNESS = 1
+"""Version of the harness: goes up by hand when the numbers of every method move."""
+
+FLOAT_KEYS = (
+    "data", "data_params", "protocol", "network", "seed", "float_epochs", "float_lr", "batch", "optimizer", "momentum",
+    "weight_decay", "schedule", "augment", "precision", "threads",
+)  # fmt: skip
+"""What determines the float network; the method is not among them."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A run, ready to be run.
+
+    Attributes:
+        spec: In normal form, every default written out: runs that mean the same have the same.
+        run_id: Hash of the spec, the versions of method, data set, network and harness, and the data.
+        float_id: Hash of what determines the float network that the run starts from.
+        code: Name -> version; a plugin from a file has the hash of its file as well.
+        data_hash: SHA-256 of images, labels and official splits.
+        skip: Why the method cannot be run on this task, or None.
+    """
+
+    spec: RunSpec
+    run_id: str
+    float_id: str
+    code: dict[str, str]
+    data_hash: str
+    skip: str | None
+
+    @property
+    def float_spec(self) -> RunSpec:
+        """The float network's own training, as a spec."""
+        spec = self.spec
+        update = {"method": "fp32", "params": {}, "bits": "w32a32", "epochs": spec.float_epochs, "lr": spec.float_lr}
+        plain = {"clip": None, "accumulate": 1, "selection": "last", "first_last": "8bit", "calibration": 1}
+        return spec.model_copy(update={**update, **plain})
+
+
+def resolve(spec: RunSpec, *, data_root: Path | None, cache: Path) -> Resolved:
+    """Check a spec against what there is, bring it to normal form and name it.
+
+    Args:
+        spec: As asked for.
+        data_root: Where the user keeps data sets.
+        cache: Where prepared data sets are kept; the data is prepared if it is not there, since its hash is needed.
+
+    Raises:
+        UserError: A name is unknown, a setting is out of range, the method does not take these bits, or the data is not to be had.
+    """
+    chain = members(spec.method)
+    name = normal_name(spec.method)
+    params = {k: v.model_dump(mode="json") for k, v in chain_params(spec.method, spec.params).items()}
+    loaded, data_params = _open(spec.data, canonical_json(spec.data_params), data_root, cache)
+    protocol = parse_protocol(spec.protocol, loaded.names).name
+    find("networks", spec.network)
+    method = build(spec.method, spec.params)
+    update: dict[str, Any] = {"method": name, "params": params, "data_params": data_params, "protocol": protocol}
+    find_augment(spec.augment, loaded.augment)  # refuses an unknown name
+    augment = loaded.augment if spec.augment == "default" else spec.augment
+    update |= {"bits": _bits(method, name, spec), "augment": augment}
+    update |= _without_effect(method, name)
+    normal = spec.model_copy(update=update)
+    code = {"harness": str(HARNESS), **{c.name: _version("methods", c.name) for c in chain}}
+    ground = {spec.data: _version("datasets", spec.data), spec.network: _version("networks", spec.network)}
+    code |= ground
+    values = normal.model_dump(mode="json")
+    float_values = {k: values[k] for k in FLOAT_KEYS}
+    return Resolved(
+        spec=normal,
+        run_id=content_hash({"spec": values, "code": code, "data": loaded.hash}),
+        float_id=content_hash({"float": float_values, "code": ground, "harness": HARNESS, "data": loaded.hash}),
+        code=code,
+        data_hash=loaded.hash,
+        skip=method.skip(_task(loaded, protocol, spec.seed)),
+    )
+
+
+def _bits(method: Method, name: str, spec: RunSpec) -> str:
+    """The bits in normal form: a float method has w32a32 whatever was asked for."""
+    if tuple(method.bits) == (FLOAT_BITS,):
+        return f"w{FLOAT_BITS}a{FLOAT_BITS}"
+    widths = parse_bits(spec.bits)
+    allowed = (*method.bits, FLOAT_BITS)
+    for kind, width in zip(("weights", "activations"), widths, strict=True):
+        if width not in allowed:
+            raise UserError(
+                f"{name} takes {min(method.bits)} to {max(method.bits)} bits for {kind} (or 32), not {spec.bits}"
+            )
+    if widths == (FLOAT_BITS, FLOAT_BITS):
+        raise UserError(f"{name} at {spec.bits} quantizes nothing; use method fp32, or fewer bits")
+    return spec.bits
+
+
+def _without_effect(method: Method, name: str) -> dict[str, Any]:
+    """Defaults for the settings that cannot move this method's number, so that cells which mean the same are one cell."""
+    default = {k: f.default for k, f in RunSpec.model_fields.items()}
+    update: dict[str, Any] = {}
+    if not method.trains:
+        update |= {"epochs": 0} | {k: default[k] for k in ("lr", "clip", "accumulate", "selection")}
+    if tuple(method.bits) == (FLOAT_BITS,) and not any(m.changes_net for m in method.members):
+        update |= {k: default[k] for k in ("first_last", "calibration")}
+    return update
+
+
+def _version(kind: str, name: str) -> str:
+    entry = plugin(kind, name)
+    version = str(getattr(entry.cls, "version", 1))
+    return f"{version}+{entry.source}" if entry.source else version
+
+
+_opened: dict[tuple[str, str, Path | None, Path], tuple[Loaded, dict[str, Any]]] = {}
+
+
+def _open(data: str, params: str, root: Path | None, cache: Path) -> tuple[Loaded, dict[str, Any]]:
+    """Open a data set once a process and setting; `params` is JSON."""
+    key = (data, params, root, cache)
+    if key not in _opened:
+        cls: type[DataSet] = find("datasets", data)
+        settings = validated(cls.Params, json.loads(params), f"data_params of {data}")
+        _opened[key] = (open_data(cls, settings, root, cache), _normal_params(cls(settings, root), settings))
+    return _opened[key]
+
+
+def _normal_params(dataset: DataSet, settings: DataSet.Params) -> dict[str, Any]:
+    values = settings.model_dump(mode="json")
+    if "domains" in values:
+        values["domains"] = list(dataset.selected)  # all domains by default, and in their own order
+    return values
+
+
+_tasks: dict[tuple[str, str, int | None, str, int], Task] = {}
+
+
+def _task(loaded: Loaded, protocol: str, seed: int) -> Task:
+    """What a method may know of the task, without making batches."""
+    key = (loaded.name, loaded.hash, loaded.limit, protocol, seed)
+    if key not in _tasks:
+        train = parse_protocol(protocol, loaded.names).train
+        splits = make_splits(loaded, seed)
+        labels = torch.cat([loaded[d].labels[splits[d].train] for d in train])
+        counts = labels.bincount(minlength=len(loaded.classes)).tolist()
+        _tasks[key] = Task("classification", loaded.classes, tuple(counts), train)
+    return _tasks[key]

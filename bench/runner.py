@@ -1,0 +1,386 @@
+"""One run: from a resolved spec to a record in the store. Anything may be killed at any instant; a rerun goes on from the last epoch."""
+
+from __future__ import annotations
+
+import datetime
+import errno
+import functools
+import hashlib
+import importlib.metadata
+import logging
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .assemble import assemble
+from .chain import build
+from .data import DataModule, open_data
+from .errors import RunFailed, UserError
+from .fit import LAST, Progress, Recorder, clear, fit, one_line, read_checkpoint, save, selected, test, validate
+from .method import Method
+from .quant import Bits, cost, count_levels
+from .registry import ROOT, find
+from .resolve import Resolved
+from .seeds import seed_for
+from .spec import RunSpec
+from .store import Store, write_json
+from .task import combine
+from .tracking import Tracker, scrub
+
+SCHEMA = 1
+log = logging.getLogger("qatbench")
+
+
+def run(
+    resolved: Resolved,
+    store: Store,
+    *,
+    data_root: Path | None = None,
+    device: str = "auto",
+    wandb: bool = True,
+    suite: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run what is not done yet, and record how it ended.
+
+    Args:
+        resolved: The run.
+        store: Where its record and its checkpoint live.
+        data_root: Where the user keeps data sets.
+        device: ``auto`` (CUDA if there is any), ``cpu``, ``cuda`` or ``cuda:N``.
+        wandb: Whether W&B listens.
+        suite: The suite it belongs to, W&B's group.
+        progress: Called at most four times a second with what is going on.
+
+    Returns:
+        The record. A run that failed has one, too; a run that is done is not run again.
+
+    Raises:
+        UserError: The request was wrong (data, store), not the run.
+    """
+    old = store.read(resolved.run_id)
+    if old is not None and old["status"] == "done":
+        return old
+    with store.lock(resolved.run_id):
+        old = store.read(resolved.run_id)
+        if old is not None and old["status"] == "done":  # by another process, while this one waited
+            return old
+        folder = store.path(resolved.run_id)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _logging_to(folder / "log.txt"):
+            record = _attempt(resolved, store, folder, data_root, device, wandb, suite, progress)
+        store.write(record)
+        if record["status"] == "done":
+            clear(folder)
+        return record
+
+
+def _attempt(
+    resolved: Resolved,
+    store: Store,
+    folder: Path,
+    data_root: Path | None,
+    device: str,
+    wandb: bool,
+    suite: str | None,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """The record of one attempt, however it ended."""
+    started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
+    spec = resolved.spec
+    record = {
+        "schema": SCHEMA, "run_id": resolved.run_id, "status": "skipped", "reason": resolved.skip, "spec": spec.model_dump(mode="json"),
+        "metrics": {}, "cost": {}, "time": {"started": started.isoformat(timespec="seconds")}, "provenance": {}, "wandb": None,
+    }  # fmt: skip
+    if resolved.skip is not None:
+        return record
+    tracker = Tracker(
+        folder, resolved.run_id, record["spec"], group=suite, job_type=spec.method,
+        tags=[spec.method, spec.bits, spec.data, str(spec.protocol), spec.network, f"seed {spec.seed}"], enabled=wandb,
+    )  # fmt: skip
+    try:
+        log.info("run %s: %s", resolved.run_id, spec.label)
+        torch.set_num_threads(spec.threads)
+        place = pick_device(device)
+        float_folder = train_float(resolved, store, data_root=data_root, device=device, progress=progress)
+        session = _Session(resolved, store, place, folder, data_root, progress, tracker)
+        measured = session.measure(float_folder)
+        record |= {"status": "done", "reason": None, **measured}
+    except (RunFailed, torch.OutOfMemoryError, MemoryError) as error:
+        record |= {"status": "failed", "reason": one_line(error)}
+    except UserError:
+        tracker.finish(failed=True)
+        raise
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = f"no space left on the disk of {store.root}" if full else f"{type(error).__name__}: {one_line(error)}"
+        record |= {"status": "failed", "reason": reason}
+        log.error("%s", scrub(traceback.format_exc()))
+    record["time"] |= {"wall_s": time.perf_counter() - clock}
+    record["provenance"] = {**_provenance(resolved, device), **record["provenance"], "log": str(folder / "log.txt")}
+    record["wandb"] = tracker.finish(record["metrics"], failed=record["status"] == "failed")
+    log.info("%s %s", record["status"], record["reason"] or "")
+    return record
+
+
+def train_float(
+    resolved: Resolved,
+    store: Store,
+    *,
+    data_root: Path | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Path:
+    """Train the float network that the run starts from, or find it: one a store and float recipe.
+
+    Returns:
+        Its folder, with ``net.pt`` (the state dict) and ``result.json`` (its metrics).
+    """
+    folder = store.float_path(resolved.float_id)
+    if (folder / "result.json").exists():
+        return folder
+    with store.lock(f"float-{resolved.float_id}"):
+        if (folder / "result.json").exists():
+            return folder
+        folder.mkdir(parents=True, exist_ok=True)
+        float_run = Resolved(
+            resolved.float_spec, resolved.float_id, resolved.float_id, resolved.code, resolved.data_hash, None
+        )
+        torch.set_num_threads(resolved.spec.threads)
+        session = _Session(float_run, store, pick_device(device), folder, data_root, progress, None)
+        result = session.measure(None)
+        save(folder / "net.pt", {k: v.cpu() for k, v in session.method.net.state_dict().items()})
+        write_json(folder / "result.json", {"schema": SCHEMA, "float_id": resolved.float_id, **result})
+        clear(folder)
+        return folder
+
+
+class _Session:
+    """What one training needs: data, network, method, and where it writes."""
+
+    def __init__(
+        self,
+        resolved: Resolved,
+        store: Store,
+        device: torch.device,
+        folder: Path,
+        data_root: Path | None,
+        progress: Progress | None,
+        tracker: Tracker | None,
+    ) -> None:
+        self.resolved, self.spec, self.device, self.folder = resolved, resolved.spec, device, folder
+        self.progress, self.tracker = progress, tracker
+        spec = self.spec
+        loaded = open_data(spec.data, spec.data_params, data_root, store.cache)
+        if loaded.hash != resolved.data_hash:
+            raise RunFailed(f"the images of {spec.data} have changed since the run was named; start it again")
+        views = max(m.views for m in _chain_of(spec))
+        self.data = DataModule(loaded, spec.protocol, spec.seed, spec.batch, spec.augment, views=views, device=device)
+        self.loaded = loaded
+
+    def measure(self, float_folder: Path | None) -> dict[str, Any]:
+        """Build, train, select, test once, and add up."""
+        spec = self.spec
+        saved = read_checkpoint(self.folder / LAST)
+        net = self._network(float_folder)
+        plan = None if saved is None else {name: Bits(*bits) for name, bits in saved["qatbench"]["plan"].items()}
+        self.method = assemble(spec, net, self.data.task, self.data.probe(spec.calibration), plan)
+        self.method.to(self.device)
+        if self.tracker is not None:
+            rows = [
+                [s.name, *self.method.bit_plan[s.name], s.weights, s.macs]
+                for s in self.method.sites
+                if s.kind == "layer"
+            ]
+            self.tracker.table("plan", ["layer", "weight bits", "activation bits", "weights", "MACs"], rows)
+        recorder = Recorder(self.folder, self.resolved, self.tracker, self.progress)
+        clock = time.perf_counter()
+        if self.method.trains and spec.epochs > 0:
+            fit(self.method, self.data, recorder, resume=saved is not None)
+        train_s = time.perf_counter() - clock
+        validate(self.method, self.data)
+        metrics = {**self._select_and_test(), **_float_metrics(float_folder)}
+        step_ms = 1000 * statistics.median(recorder.step_s) if recorder.step_s else None
+        return {
+            "metrics": metrics,
+            "cost": self._cost(),
+            "time": {
+                "train_s": train_s,
+                "step_ms": step_ms,
+                "images_per_s": None
+                if step_ms is None
+                else 1000 * self.data.share * len(self.data.task.domains) / step_ms,
+                "peak_rss_mb": peak_rss_mb(),
+                **({"peak_gpu_mb": torch.cuda.max_memory_allocated() / 1e6} if self.device.type == "cuda" else {}),
+            },
+            "provenance": {"split": self.data.split_hash, "generated": sorted(self.loaded.meta.get("generated", {}))},
+        }
+
+    def _network(self, float_folder: Path | None) -> nn.Module:
+        """The float network: initial weights from (network, data, protocol, seed), or the trained ones."""
+        spec = self.spec
+        torch.manual_seed(seed_for("weights", spec.network, spec.data, str(spec.protocol), spec.seed))
+        channels = self.loaded.domains[0].images.shape[1]
+        net = find("networks", spec.network)(channels, len(self.loaded.classes))
+        if float_folder is not None:
+            try:
+                net.load_state_dict(torch.load(float_folder / "net.pt", weights_only=True, map_location="cpu"))
+            except (RuntimeError, OSError) as error:
+                raise RunFailed(
+                    f"the float network in {float_folder} does not fit {spec.network} ({one_line(error)}); delete that folder"
+                ) from error
+        return net.to(self.device, memory_format=torch.channels_last)
+
+    def _select_and_test(self) -> dict[str, float]:
+        """Metrics of the weights that the protocol selects, on validation data; the test split is opened here and nowhere else."""
+        val = dict(self.method.metrics)
+        domains, tested = self.data.test_domains, {}
+        loaders = dict(zip(domains, self.data.open_test(), strict=True))
+        for weights, names in selected(self.spec.selection, self.folder, domains).items():
+            if weights is not None:
+                self.method.load_state_dict(torch.load(weights, weights_only=True, map_location=self.device))
+                if self.spec.selection == "best":
+                    validate(self.method, self.data)
+                    val = dict(self.method.metrics)
+            tested.update(test(self.method, {name: loaders[name] for name in names}))
+        mean_over = self.data.protocol.test
+        flat = combine({d: tested[d] for d in mean_over}, "test")
+        flat.update({f"test/{k}/{d}": v for d in self.data.protocol.also for k, v in tested[d].items()})
+        return {**flat, **val}
+
+    def _cost(self) -> dict[str, Any]:
+        """Cost from the plan, and the codes that were really seen.
+
+        Raises:
+            RunFailed: A quantizer emitted more codes than its bits allow.
+        """
+        method = self.method
+        with torch.no_grad():
+            method.scope.domain, method.scope.track = method.probe.domain, False
+            levels = count_levels(method.net, method.probe.x)
+        for name, counts in levels.items():
+            for count, bits in zip(counts, method.bit_plan[name], strict=True):
+                if count is not None and count > 2**bits:
+                    raise RunFailed(f"{name} takes {count} codes at {bits} bits: it is not a {bits}-bit layer")
+        parameters = sum(p.numel() for p in method.net.parameters())
+        return {
+            **cost(method.sites, method.bit_plan, parameters),
+            "levels_max": {name: list(counts) for name, counts in levels.items()},
+            "plan": {name: list(bits) for name, bits in method.bit_plan.items()},
+        }
+
+
+def _chain_of(spec: RunSpec) -> list[Method]:
+    return build(spec.method, spec.params).members
+
+
+def pick_device(text: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        UserError: There is no such device here.
+    """
+    if text == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    kind, _, index = text.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise UserError(f"device {text!r} is not known; use auto, cpu, cuda or cuda:N")
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if int(index or 0) >= count:
+        raise UserError(f"device {text!r} is not there: {count} CUDA devices found; use auto or cpu")
+    return torch.device("cuda", int(index or 0))
+
+
+def _float_metrics(folder: Path | None) -> dict[str, float]:
+    """The starting point, shown beside every result."""
+    if folder is None:
+        return {}
+    import json
+
+    metrics = json.loads((folder / "result.json").read_text())["metrics"]
+    return {f"float/{k}": v for k, v in metrics.items() if k.startswith("test/acc")}
+
+
+def peak_rss_mb() -> float:
+    """Largest resident set of this process so far, in MB (10^6 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+@functools.cache
+def _git() -> tuple[str | None, str | None]:
+    """Commit of the checkout that this package runs from, and a hash of what differs from it; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True, timeout=30
+        ).stdout
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel").strip()).resolve() != ROOT:
+            return None, None
+        diff = git("diff", "HEAD")
+        return git("rev-parse", "HEAD").strip(), hashlib.sha256(diff.encode()).hexdigest()[:16] if diff else None
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _provenance(resolved: Resolved, device: str) -> dict[str, Any]:
+    commit, dirty = _git()
+    names = ("torch", "torchvision", "lightning", "torchmetrics", "numpy", "qatbench")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    place = pick_device(device)
+    return {
+        "code": resolved.code,
+        "fidelity": {m.name: m.fidelity for m in _chain_of(resolved.spec)},
+        "data": resolved.data_hash,
+        "git": commit,
+        "dirty": dirty,
+        "versions": {"python": platform.python_version(), **versions},
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else f"cpu ({platform.machine()})",
+        "selection": resolved.spec.selection,
+    }
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    """Send the log, Lightning's and the warnings to the run's own file."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    # Lightning's two halves have handlers and levels of their own; at INFO they advertise.
+    levels = {
+        "qatbench": logging.INFO,
+        "py.warnings": logging.INFO,
+        "lightning.pytorch": logging.WARNING,
+        "lightning.fabric": logging.WARNING,
+    }
+    loggers = [logging.getLogger(name) for name in levels]
+    before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
+    for logger, level in zip(loggers, levels.values(), strict=True):
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
+    logging.captureWarnings(True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        try:
+            yield
+        finally:
+            logging.captureWarnings(False)
+            for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
+                logger.handlers, logger.propagate = handlers, propagate
+                logger.setLevel(level)
+            handler.close()

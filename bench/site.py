@@ -1,0 +1,226 @@
+"""The named places of a network that a method may quantize or replace, found by running the network once."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+LAYERS = (nn.Conv2d, nn.Linear)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
+# Layers with a weight that no quantizer here handles. A network that has one is refused: it would stay at full
+# precision without a word, and its cost would be missing.
+UNSUPPORTED = (
+    nn.Conv1d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Bilinear,
+    nn.RNNBase,
+    nn.MultiheadAttention,
+    nn.Embedding,
+    nn.EmbeddingBag,
+)
+TRACED = 2  # images: one would not tell "per image" from "per batch"
+
+
+def channel_dim(x: Tensor) -> int:
+    """The dimension of the channels: the last of tokens ``[B, T, C]``, 1 in ``[B, C]`` and ``[B, C, H, W]``."""
+    return -1 if x.ndim == 3 else 1
+
+
+class Joint(nn.Module):
+    """Where branches meet: their sum, or their concatenation over channels.
+
+    A module, not a bare ``+``, so that a method can find it, look at its branches and put something else in its place.
+    It has no parameters and no buffers, so it leaves no trace in a state dict.
+    """
+
+    def __init__(self, op: Literal["add", "concat"] = "add"):
+        super().__init__()
+        if op not in ("add", "concat"):
+            raise ValueError(f"a joint adds or concatenates; op must be 'add' or 'concat', not {op!r}")
+        self.op = op
+
+    def forward(self, *branches: Tensor) -> Tensor:
+        """Branches of one shape (``add``), or of one shape but for the channels (``concat``)."""
+        if self.op == "concat":
+            return torch.cat(branches, dim=channel_dim(branches[0]))
+        # Never in place: a branch may be a tap that a method looks at later, or what an autograd function has kept.
+        return functools.reduce(torch.add, branches)
+
+    def extra_repr(self) -> str:
+        """Shown in the printed network."""
+        return self.op
+
+
+@dataclass(frozen=True)
+class Site:
+    """A named place in a network.
+
+    A network's head is listed twice under one name, as a ``layer`` (to be quantized) and then as the ``head`` (to be
+    replaced), with the same figures: sums of costs go over the sites of kind ``layer``.
+
+    Attributes:
+        name: dotted name of the module, as ``net.get_submodule`` takes it.
+        kind: ``layer`` (Conv2d, Linear), ``norm``, ``joint`` or ``head``.
+        channels: of each branch of a joint; of the output, alone in the tuple, elsewhere.
+        op: what a joint does; None elsewhere.
+        macs: multiply-accumulates per image; 0 for norms and joints.
+        weights: elements of the weight (no bias); 0 where there is none.
+        inputs: input elements per image, over all branches of a joint.
+        edge: whether it is the first or the last layer that runs.
+        signed_input: whether an input was negative; False after a ReLU.
+        norm: name of the layer's own norm: it takes every output of this layer and nothing else.
+    """
+
+    name: str
+    kind: Literal["layer", "norm", "joint", "head"]
+    channels: tuple[int, ...]
+    op: Literal["add", "concat"] | None = None
+    macs: int = 0
+    weights: int = 0
+    inputs: int = 0
+    edge: bool = False
+    signed_input: bool = False
+    norm: str | None = None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One execution of a site's module in the traced pass."""
+
+    name: str
+    module: nn.Module
+    channels: tuple[int, ...]
+    inputs: int
+    outputs: int
+    signed: bool
+    source: str | None  # the layer whose output, untouched, is the input
+
+
+def find_sites(net: nn.Module, image: tuple[int, int, int]) -> list[Site]:
+    """Find the sites of ``net`` in the order in which they first run.
+
+    One pass over two random images in eval mode, without gradients; the network's modes are put back, and no buffer
+    and no global random generator moves. A module that runs more than once is one site: MACs and inputs add up, and
+    its input is signed if it ever was.
+
+    Args:
+        net: the float network; on any device, in training or eval mode.
+        image: shape of one input image, (C, H, W).
+
+    Raises:
+        ValueError: for what would otherwise be left out or half replaced without a word: a layer, norm or joint that
+            never runs, one that is reachable under two names, or a layer of a kind that cannot be quantized.
+    """
+    modules = _site_modules(net)
+    calls = _trace(net, modules, image)
+    runs = Counter(call.name for call in calls)
+    if idle := [name for name in modules if name not in runs]:
+        raise ValueError(f"{idle[0]} never runs in eval mode, so it is no site; call it in forward or remove it")
+
+    order = [call.name for call in calls if isinstance(call.module, LAYERS)]
+    edges = set(order[:1] + order[-1:])
+    pairs = Counter((call.source, call.name) for call in calls if call.source and isinstance(call.module, NORMS))
+    own = {layer: norm for (layer, norm), n in pairs.items() if n == runs[layer] == runs[norm]}
+
+    sites = []
+    for name in runs:  # a Counter keeps the order of first counting
+        site = _site([call for call in calls if call.name == name])
+        if site.kind == "layer":
+            site = replace(site, edge=name in edges, norm=own.get(name))
+        sites.append(site)
+        if order and name == order[-1] and isinstance(modules[name], nn.Linear):
+            sites.append(replace(site, kind="head"))
+    return sites
+
+
+def _site_modules(net: nn.Module) -> dict[str, nn.Module]:
+    """Every layer, norm and joint by name; refuses what could not be quantized or replaced whole."""
+    found: dict[str, nn.Module] = {}
+    names: dict[nn.Module, str] = {}
+    for name, module in net.named_modules(remove_duplicate=False):
+        if isinstance(module, UNSUPPORTED):
+            raise ValueError(f"{name} is a {type(module).__name__}, which cannot be quantized; use Conv2d or Linear")
+        if not isinstance(module, (*LAYERS, *NORMS, Joint)):
+            continue
+        if module in names:  # replacing it under one name would leave it in place under the other
+            raise ValueError(f"{names[module]} and {name} are one module; keep it under one name and call it twice")
+        found[name] = module
+        names[module] = name
+    return found
+
+
+def _trace(net: nn.Module, modules: dict[str, nn.Module], image: tuple[int, int, int]) -> list[_Call]:
+    """Run ``net`` once and note each execution of ``modules``."""
+    calls: list[_Call] = []
+    # id -> (layer, its output, a copy). The output is kept, so that its id stays taken; the copy tells whether
+    # something like an in-place ReLU has changed it before it reached the norm.
+    produced: dict[int, tuple[str, Tensor, Tensor]] = {}
+
+    def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if not all(bool(x.isfinite().all()) for x in inputs):
+            raise ValueError(f"the input of {name} is not finite on random images; its sign cannot be told")
+        layer, _, copy = produced.get(id(inputs[0]), (None, None, inputs[0]))
+        calls.append(
+            _Call(
+                name=name,
+                module=module,
+                channels=tuple(x.shape[channel_dim(x)] for x in inputs),
+                inputs=sum(x.numel() for x in inputs) // TRACED,
+                outputs=output.numel() // TRACED,
+                signed=any(bool((x < 0).any()) for x in inputs),
+                source=layer if torch.equal(copy, inputs[0]) else None,
+            )
+        )
+        if isinstance(module, LAYERS):
+            produced[id(output)] = (name, output, output.clone())
+
+    like = next(net.parameters(), torch.empty(0))
+    x = torch.randn(TRACED, *image, generator=torch.Generator().manual_seed(0)).to(like)
+    modes = {module: module.training for module in net.modules()}
+    handles = [m.register_forward_hook(functools.partial(note, name)) for name, m in modules.items()]
+    try:
+        with torch.no_grad():
+            net.eval()(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes.items():  # one by one: a frozen norm may be in eval mode in a training network
+            module.training = mode
+    return calls
+
+
+def _site(calls: list[_Call]) -> Site:
+    """One site out of all executions of its module, but for what depends on the other sites."""
+    first = calls[0]
+    name, module = first.name, first.module
+    weight = getattr(module, "weight", None)
+    site = Site(
+        name=name,
+        kind="layer",
+        channels=first.channels,
+        weights=weight.numel() if weight is not None else 0,
+        inputs=sum(call.inputs for call in calls),
+        signed_input=any(call.signed for call in calls),
+    )
+    if isinstance(module, Joint):
+        if any(call.channels != first.channels for call in calls):
+            raise ValueError(
+                f"{name} joins branches of different widths in one pass; give each place a joint of its own"
+            )
+        return replace(site, kind="joint", op=module.op)
+    if isinstance(module, nn.LayerNorm):
+        return replace(site, kind="norm", channels=(module.normalized_shape[-1],))
+    if isinstance(module, NORMS):
+        return replace(site, kind="norm")
+    assert isinstance(module, LAYERS)
+    # A weight is [out, in / groups, ...]: each output element costs one row of it, whatever the shape of the output.
+    macs = sum(call.outputs for call in calls) * module.weight[0].numel()
+    return replace(site, channels=(module.weight.shape[0],), macs=macs)

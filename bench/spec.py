@@ -1,0 +1,195 @@
+"""What a run and a suite are: frozen, validated, with a canonical form whose hash names the run. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from .errors import UserError, nearest
+
+Model = TypeVar("Model", bound=BaseModel)
+
+FLOAT_BITS = 32
+_BITS = re.compile(r"w(\d{1,2})a(\d{1,2})")
+_WIDTHS = (*range(1, 9), FLOAT_BITS)
+
+
+class Frozen(BaseModel):
+    """The base of every specification and of every ``Params``: immutable, an unknown key is an error, no NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class Recipe(Frozen):
+    """How one trains, whatever the method: the settings that a comparison holds equal."""
+
+    params: dict[str, dict[str, Any]] = Field({}, description="the methods' own settings, nested by method name")
+    data_params: dict[str, Any] = Field({}, description="the data set's own settings")
+    epochs: int = Field(4, ge=0, le=100_000, description="epochs after the float network, quantized (fp32: float)")
+    float_epochs: int = Field(
+        10, ge=0, le=100_000, description="epochs of the float network that every method starts from"
+    )
+    batch: int = Field(64, ge=1, le=1_000_000, description="images a step, in equal shares from the training domains")
+    lr: float = Field(0.01, gt=0, description="peak learning rate after the float network")
+    float_lr: float = Field(0.1, gt=0, description="peak learning rate of the float network")
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD")
+    weight_decay: float = Field(1e-4, ge=0)
+    schedule: Literal["cosine", "constant", "step"] = Field("cosine", description="step: x0.1 at 60 % and 80 %")
+    clip: float | None = Field(None, gt=0, description="largest norm of the gradient; none: not clipped")
+    accumulate: int = Field(1, ge=1, description="micro-batches a batch is cut into")
+    augment: str = Field("default", description="default: the data set's own")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="fp16 is refused: its loss scaling corrupts gradients read in a step"
+    )
+    threads: int = Field(1, ge=1, le=1024, description="CPU threads a run; another number gives other weights")
+    first_last: Literal["8bit", "fp", "same"] = Field("8bit", description="bits of the first and the last layer")
+    selection: Literal["last", "best", "best_per_domain"] = Field(
+        "last", description="which epoch, by validation accuracy"
+    )
+    calibration: int = Field(256, ge=1, description="training images in the probe batch")
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_fp16(cls, value: Any) -> Any:
+        if value in ("fp16", "16", 16):
+            raise ValueError("fp16 needs loss scaling, which corrupts gradients that methods read; use bf16 or fp32")
+        return value
+
+
+Bits = Annotated[str, Field(description="wXaY: X bits for weights, Y for activations")]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class RunSpec(Recipe):
+    """One run: a method on a data set, a protocol, a network, bits and a seed."""
+
+    method: str
+    data: str = "optdigits"
+    protocol: str | None = Field(
+        None, description="single[:DOMAIN], mdl or lodo:DOMAIN; none: mdl if there are several domains"
+    )
+    network: str = "resnet8"
+    bits: Bits = "w4a4"
+    seed: Seed = 0
+
+    @field_validator("bits")
+    @classmethod
+    def _bits(cls, value: str) -> str:
+        w, a = parse_bits(value)
+        return f"w{w}a{a}"
+
+    def canonical(self) -> str:
+        """Canonical JSON: sorted keys, no spaces, every default written out, floats in their shortest form."""
+        return canonical_json(self.model_dump())
+
+    @property
+    def label(self) -> str:
+        """For people: ``lsq w4a4 optdigits/mdl resnet8 seed 0``."""
+        return f"{self.method} {self.bits} {self.data}/{self.protocol or 'default'} {self.network} seed {self.seed}"
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+Several = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+AXES = ("data", "protocol", "network", "method", "bits", "seed")
+
+
+class SuiteSpec(Recipe):
+    """A suite: a `RunSpec` in which data, protocol, network, method, bits and seed may each be a list."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    description: str = ""
+    method: Several
+    data: Several = ("optdigits",)
+    protocol: Annotated[tuple[str | None, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (None,)
+    network: Several = ("resnet8",)
+    bits: Several = ("w4a4",)
+    seed: Annotated[tuple[Seed, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (0,)
+
+    def cells(self) -> list[RunSpec]:
+        """Every combination, as it was asked for (`resolve` normalises it)."""
+        common = {k: v for k, v in self.model_dump().items() if k not in (*AXES, "name", "description")}
+        points = itertools.product(*(getattr(self, axis) for axis in AXES))
+        specs = [dict(zip(AXES, point, strict=True)) for point in points]
+        where = f"suite {self.name}"
+        return [
+            validated(RunSpec, {**common, **s, "params": params_of(s["method"], self.params)}, where) for s in specs
+        ]
+
+
+def params_of(method: str, params: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The part of a suite's ``params`` that the members of this chain read."""
+    members = method.split("+")
+    return {k: v for k, v in params.items() if k in members}
+
+
+def parse_bits(text: str) -> tuple[int, int]:
+    """``"w4a4"`` -> ``(4, 4)``. One to eight bits, or 32 for float.
+
+    Raises:
+        ValueError: The text is not of the form, or a width is out of range.
+    """
+    match = _BITS.fullmatch(str(text))
+    if match is None:
+        raise ValueError(f"bits {text!r} are not of the form wXaY, e.g. w4a4 (4-bit weights, 4-bit activations)")
+    widths = (int(match[1]), int(match[2]))
+    for kind, width in zip(("weights", "activations"), widths, strict=True):
+        if width not in _WIDTHS:
+            raise ValueError(f"bits {text!r}: {kind} take 1 to 8 bits, or 32 for float, not {width}")
+    return widths
+
+
+def canonical_json(value: Any) -> str:
+    """One text for one value, whatever the order of its keys. Raises ValueError for NaN and infinity."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | set | frozenset):
+        return sorted(value) if isinstance(value, set | frozenset) else list(value)
+    raise TypeError(f"{type(value).__name__} has no canonical JSON")
+
+
+def content_hash(value: Any) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of the canonical JSON: 64 bits, one chance in 10^9 of a clash among 190,000 runs."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
+
+
+def validated(model: type[Model], values: Any, where: str) -> Model:
+    """``model(**values)``, with the first thing wrong told in one line.
+
+    Args:
+        model: The pydantic class to build.
+        values: The keys and values as the user gave them.
+        where: What the user would call the place, e.g. ``suite quickstart``.
+
+    Raises:
+        UserError: A key is unknown (the nearest known one is named), missing, or its value is out of range.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: expected keys and values, found {type(values).__name__}")
+    try:
+        return model(**{str(k): v for k, v in values.items()})
+    except ValidationError as error:
+        raise UserError(f"{where}: {_first(error, model)}") from None
+
+
+def _first(error: ValidationError, model: type[BaseModel]) -> str:
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{nearest(key, model.model_fields)}"
+    if first["type"] == "missing":
+        return f"key {key!r} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    value = repr(first["input"])
+    shown = value if len(value) <= 60 else value[:57] + "..."
+    return message if shown in message else f"{key}={shown}: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,1 @@
+"""Methods: one file each, found by the registry by the `name` of the class."""

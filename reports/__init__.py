@@ -1,0 +1,1 @@
+"""Every table and figure, from the store alone."""

@@ -1,0 +1,7 @@
+from __future__ import annotations
+
+from qatbench.bench.testing import MethodContract
+
+
+class TestPTQ(MethodContract):
+    method = "ptq"
