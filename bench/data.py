@@ -70,7 +70,7 @@ class Batch:
         least = int(seen[-1].min())
         if least < n:
             raise UserError(
-                f"cannot accumulate over {n} parts: the batch has only {least} images of a domain; take a larger batch"
+                f"cannot accumulate over {n} parts: a batch has only {least} images of a domain; raise batch"
             )
         place = seen.gather(1, index[:, None]).flatten() - 1  # of each sample among those of its domain
         part = place * n // seen[-1][index]
@@ -94,8 +94,8 @@ class _Loader:
 class DataModule(L.LightningDataModule):
     """The images of one run: a data set under a protocol, split by a seed.
 
-    Set `epoch` before each pass over `train_dataloader()`: order and augmentation are drawn from (data, seed, epoch) and nothing else. Test
-    images are reached through `open_test()` only.
+    Set `epoch` before each pass over `train_dataloader()`: order and augmentation are drawn from (data, seed, epoch) and
+    nothing else. Test images are reached through `open_test()` only.
     """
 
     sampler: Literal["instance", "class_balanced"] = "instance"
@@ -168,9 +168,8 @@ class DataModule(L.LightningDataModule):
         key = (self.loaded.name, self.seed, self.epoch)
         rows = slice(self.rank * self.share, (self.rank + 1) * self.share)
         order = self._order(generator("order", *key))[:, rows].to(self.device)
-        rngs = [
-            generator("view", *key, v) for v in range(self.views)
-        ]  # the first view is the same whatever the number of views
+        # A generator each, so that the first view is the same whatever the number of views.
+        rngs = [generator("view", *key, v) for v in range(self.views)]
         shape = (self.share * self.world, len(self.protocol.train), 3)
         for step in range(self.steps):
             x, y = self._gather(order[step])

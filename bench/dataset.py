@@ -31,9 +31,7 @@ class Domain:
     images: Tensor  # uint8 [N, C, H, W]; stored with the channels last
     labels: Tensor  # int64 [N]
     test: Tensor | None = None  # int64: the official test part, if there is one
-    group: Tensor | None = (
-        None  # int64 [N]: images of one group, also in other domains, never part between train and test
-    )
+    group: Tensor | None = None  # int64 [N]: images of one group, in any domain, stay in one part of the split
 
 
 class DataSet:
@@ -48,9 +46,7 @@ class DataSet:
     source: ClassVar[str] = ""
     licence: ClassVar[str] = ""
     citation: ClassVar[str] = ""
-    generated: ClassVar[
-        Mapping[str, str]
-    ] = {}  # domain -> how its images were made, if they are not photographs or scans
+    generated: ClassVar[Mapping[str, str]] = {}  # domain -> how its images were made, if they were
 
     class Params(Frozen):
         """What a user can ask for; a data set with more to ask subclasses this."""
@@ -59,7 +55,7 @@ class DataSet:
         limit: int | None = Field(None, ge=1, description="at most this many training images a domain, val included")
 
     def __init__(self, params: Params | None = None, root: Path | None = None) -> None:
-        self.params = params or self.Params()
+        self.params = params or self.Params.model_validate({})
         self.root = root
         for name in self.params.domains:
             if name not in self.domains:
@@ -100,23 +96,26 @@ def open_data(
     data: str | type[DataSet], params: Mapping[str, Any] | DataSet.Params | None, root: Path | None, cache: Path
 ) -> Loaded:
     """Open a data set, preparing it in `cache` if that has not been done; of two processes one prepares and one waits."""
-    if isinstance(data, str):
-        from .registry import find
-
-        data = find("datasets", data)
+    cls = _find(data) if isinstance(data, str) else data
     if not isinstance(params, DataSet.Params):
-        params = validated(data.Params, dict(params or {}), f"data set {data.name!r}")
-    dataset = data(params, Path(root) if root is not None else None)
+        params = validated(cls.Params, dict(params or {}), f"data set {cls.name!r}")
+    dataset = cls(params, Path(root) if root is not None else None)
     asked = params.model_dump(mode="json", exclude={"limit", "domains"}) | {"domains": dataset.selected}
-    key = _sha(json.dumps([FORMAT, data.name, data.version, asked, dataset.fingerprint()], sort_keys=True).encode())
-    folder = Path(cache) / f"{data.name}-{key[:16]}"
+    key = _sha(json.dumps([FORMAT, cls.name, cls.version, asked, dataset.fingerprint()], sort_keys=True).encode())
+    folder = Path(cache) / f"{cls.name}-{key[:16]}"
     prepared = _read(folder)  # without the lock, so that a finished cache may be read-only
     if prepared is None:
         prepared = _prepare(dataset, folder)
     domains, digest = prepared
-    about = {k: getattr(data, k) for k in ("version", "source", "licence", "citation")}
-    about["generated"] = {d: how for d, how in data.generated.items() if d in dataset.selected}
-    return Loaded(data.name, domains, digest, data.classes, data.augment, params.limit, about)
+    about = {k: getattr(cls, k) for k in ("version", "source", "licence", "citation")}
+    about["generated"] = {d: how for d, how in cls.generated.items() if d in dataset.selected}
+    return Loaded(cls.name, domains, digest, cls.classes, cls.augment, params.limit, about)
+
+
+def _find(name: str) -> type[DataSet]:
+    from .registry import find  # it imports the plugins, which import this module
+
+    return find("datasets", name)
 
 
 def _prepare(dataset: DataSet, folder: Path) -> tuple[list[Domain], str]:
@@ -136,9 +135,7 @@ def _prepare(dataset: DataSet, folder: Path) -> tuple[list[Domain], str]:
         domains = dataset.load()
         _check(dataset, domains)
         try:
-            shutil.rmtree(
-                unfinished, ignore_errors=True
-            )  # the lock is ours: what lies there is from a process that died
+            shutil.rmtree(unfinished, ignore_errors=True)  # the lock is ours: its writer died
             _write(unfinished, domains, dataset.classes)
             shutil.rmtree(folder, ignore_errors=True)  # corrupt, else it had been read
             os.rename(unfinished, folder)
@@ -177,7 +174,7 @@ def _arrays(domain: Domain) -> dict[str, np.ndarray]:
     tensors = {
         "images": domain.images.permute(
             0, 2, 3, 1
-        ),  # channels last: what the networks want and whole-batch crops copy fastest
+        ),  # channels last: so the networks want them, and crops copy long rows
         "labels": domain.labels,
         "test": domain.test,
         "group": domain.group,
@@ -193,10 +190,10 @@ def _write(folder: Path, domains: list[Domain], classes: tuple[str, ...]) -> Non
             path = folder / f"{domain.name}.{kind}.npy"
             with open(path, "wb") as out:  # not np.save: it can lose the error of a full disk
                 np.lib.format.write_array_header_1_0(out, np.lib.format.header_data_from_array_1_0(array))
-                out.write(memoryview(array).cast("B"))
+                out.write(array.data.cast("B"))
                 out.flush()
                 os.fsync(out.fileno())
-            files[path.name] = {"sha256": _sha(memoryview(array).cast("B")), **_stamp(path)}
+            files[path.name] = {"sha256": _sha(array.data.cast("B")), **_stamp(path)}
     meta = {"format": FORMAT, "domains": [d.name for d in domains], "files": files, "hash": _hash(classes, files)}
     with open(folder / "meta.json", "w") as out:
         json.dump(meta, out, indent=1)
@@ -224,7 +221,7 @@ def _read_array(path: Path, stamp: dict[str, Any]) -> np.ndarray:
     # "c" maps as "r" does, but the array counts as writable (writes would stay in this process), as torch wants it.
     array = np.load(path, mmap_mode="c" if path.name.endswith(".images.npy") else None)
     untouched = _stamp(path) == {k: stamp[k] for k in ("size", "mtime_ns")}
-    if not untouched and _sha(memoryview(np.ascontiguousarray(array)).cast("B")) != stamp["sha256"]:
+    if not untouched and _sha(np.ascontiguousarray(array).data.cast("B")) != stamp["sha256"]:
         raise ValueError(f"{path} has changed since it was written")
     return array
 

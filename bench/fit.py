@@ -77,8 +77,10 @@ class Recorder(L.Callback):
         return {"rows": self.rows, "best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint; W&B starts a new file offline, which is made whole again."""
         self.rows, self.best = list(state_dict["rows"]), dict(state_dict["best"])
+        for row in self.rows:
+            self._track(row)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock."""
@@ -95,7 +97,8 @@ class Recorder(L.Callback):
 
     def _tell(self, trainer: L.Trainer, batch_idx: int) -> None:
         self._told = time.perf_counter()
-        assert self.progress is not None and trainer.max_epochs is not None
+        assert self.progress is not None
+        assert trainer.max_epochs is not None
         steps, epoch = int(trainer.num_training_batches), trainer.current_epoch
         self.progress({
             "phase": "float" if self.tracker is None else "train",
@@ -118,14 +121,17 @@ class Recorder(L.Callback):
         }
         self.rows.append(row)
         write_history(self.folder / "metrics.csv", self.rows)
-        if self.tracker is not None:
-            self.tracker.log({k: v for k, v in row.items() if k != "epoch"}, row["epoch"])
+        self._track(row)
         self._snapshot(module)
         temporary = self.folder / f"{LAST}.tmp"
         trainer.save_checkpoint(temporary)
         os.replace(temporary, self.folder / LAST)
         if self.progress is not None:
             self._tell(trainer, int(trainer.num_training_batches))
+
+    def _track(self, row: dict[str, float]) -> None:
+        if self.tracker is not None:
+            self.tracker.log({k: v for k, v in row.items() if k != "epoch"}, int(row["epoch"]))
 
     def _snapshot(self, module: Method) -> None:
         """Keep the weights of the best epoch so far, of the mean and of each domain, as the selection rule asks."""

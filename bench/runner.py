@@ -117,6 +117,7 @@ def _attempt(
         float_folder = train_float(resolved, store, data_root=data_root, device=device, progress=progress)
         session = _Session(resolved, store, place, folder, data_root, progress, tracker)
         measured = session.measure(float_folder)
+        measured["time"] = record["time"] | measured["time"]
         record |= {"status": "done", "reason": None, **measured}
     except (RunFailed, torch.OutOfMemoryError, MemoryError) as error:
         record |= {"status": "failed", "reason": one_line(error)}

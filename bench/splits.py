@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,8 +33,9 @@ class Split:
 def make_splits(loaded: Loaded, seed: int, val_fraction: float = 0.1) -> dict[str, Split]:
     """Split every domain, stratified by class, as (data set, seed) say.
 
-    The official test part is used where there is one; elsewhere a fifth of the groups is drawn. Val is cut from what is left. Whole groups
-    move: images that come from one source are in the same part in every domain. `loaded.limit` bounds train and val together.
+    The official test part is used where there is one; elsewhere a fifth of the groups is drawn. Val is cut from what is
+    left. Whole groups move: images that come from one source are in the same part in every domain. `loaded.limit` bounds
+    train and val together; the test part is always whole.
     """
     rng = generator("split", loaded.name, seed)
     member, part = _draw_parts(loaded, val_fraction, rng)
@@ -46,9 +48,7 @@ def make_splits(loaded: Loaded, seed: int, val_fraction: float = 0.1) -> dict[st
             train = _limit(train, domain.labels, max(1, loaded.limit - most_val), rng)
             val = _limit(val, domain.labels, most_val, rng)
         if not (len(train) and len(val) and len(test)):
-            raise UserError(
-                f"domain {domain.name!r} of {loaded.name!r} has too few images ({len(mine)}) to split in train, val, test"
-            )
+            raise UserError(f"domain {domain.name!r} of {loaded.name!r} has too few images ({len(mine)}) to split")
         splits[domain.name] = Split(train, val, test)
     return splits
 
@@ -69,10 +69,8 @@ _TRAIN, _VAL, _TEST = 0, 1, 2
 def _draw_parts(loaded: Loaded, val_fraction: float, rng: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
     """Draw the part of each group; returns (domain -> the group of each image, the part of each group)."""
     member, count = _number_groups(loaded)
-    low = torch.full(
-        (count,), len(loaded.classes)
-    )  # the least and greatest label of each group: equal if it has one class only
-    high = torch.full((count,), -1)
+    low = torch.full((count,), len(loaded.classes))  # the least label of each group
+    high = torch.full((count,), -1)  # and the greatest: equal if the group has one class only
     where = torch.zeros(count, dtype=torch.int64)  # bit d: the group has images in domain d
     official_test = torch.zeros(count, dtype=torch.bool)
     official_train = torch.zeros(count, dtype=torch.bool)
@@ -86,9 +84,7 @@ def _draw_parts(loaded: Loaded, val_fraction: float, rng: torch.Generator) -> tu
             official_test[groups[is_test]] = True
             official_train[groups[~is_test]] = True
     if bool((official_test & official_train).any()):
-        raise UserError(
-            f"data set {loaded.name!r} has a group of images in both an official test part and a training part"
-        )
+        raise UserError(f"data set {loaded.name!r}: a group is in both an official test part and a training part")
     stratum = where * (len(loaded.classes) + 1) + torch.where(low == high, low, len(loaded.classes))
     part = torch.where(official_test, _TEST, _TRAIN)
     for pool, test_fraction in ((official_train, 0.0), (~official_test & ~official_train, TEST_FRACTION)):
@@ -142,31 +138,31 @@ class Protocol:
     also: tuple[str, ...] = ()  # tested and reported by domain, but no part of the protocol's mean
 
 
-def parse_protocol(text: str | None, domains: tuple[str, ...]) -> Protocol:
+_KINDS = {"single": "single[:DOMAIN]", "mdl": "mdl", "lodo": "lodo:DOMAIN"}
+
+
+def parse_protocol(text: str | None, domains: Sequence[str]) -> Protocol:
     """Read `single[:DOMAIN]`, `mdl` or `lodo:DOMAIN`; None is `mdl` if there are several domains, else `single`.
 
-    Under `lodo` the held-out domain is tested on its test part, not on all its images: the same images as under `mdl`, and none of them comes
-    from the source of a training image.
+    Under `lodo` the held-out domain is tested on its test part, not on all its images: the same images as under `mdl`, and
+    none of them comes from the source of a training image.
     """
+    domains, first = tuple(domains), domains[0]
     if text is None:
         text = "mdl" if len(domains) > 1 else "single"
     kind, _, domain = text.partition(":")
-    if kind not in ("single", "mdl", "lodo"):
-        raise UserError(
-            f"no protocol {text!r}{nearest(kind, ('single', 'mdl', 'lodo'))} (single[:DOMAIN], mdl, lodo:DOMAIN)"
-        )
+    if kind not in _KINDS:
+        raise UserError(f"no protocol {text!r}{nearest(kind, _KINDS)} ({', '.join(_KINDS.values())})")
     if ":" in text and domain not in domains:
         raise UserError(f"protocol {text!r}: no domain {domain!r}{nearest(domain, domains)}")
     if kind == "single":
-        domain = domain or domains[0]
+        domain = domain or first
         return Protocol(f"single:{domain}", (domain,), (domain,))
     if len(domains) < 2:
-        raise UserError(f"protocol {text!r} needs at least two domains, there is only {domains[0]!r}; use 'single'")
+        raise UserError(f"protocol {text!r} needs at least two domains, there is only {first!r}; use 'single'")
     if kind == "mdl":
         if domain:
-            raise UserError(
-                f"protocol {text!r}: mdl trains on all domains; use 'mdl', 'single:{domain}' or 'lodo:{domain}'"
-            )
+            raise UserError(f"protocol {text!r}: mdl trains on all domains; use 'mdl' or 'single:{domain}'")
         return Protocol("mdl", domains, domains)
     if not domain:
         raise UserError(f"protocol 'lodo' needs the domain to leave out: {' or '.join(f'lodo:{d}' for d in domains)}")

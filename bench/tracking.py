@@ -199,6 +199,11 @@ def _mode(wandb: Any) -> str:
     return "online"
 
 
+def user_mode() -> str:
+    """What a run would be tracked as now: ``offline``, ``online`` or ``disabled``."""
+    return "disabled" if _switched_off() else _mode(_wandb())
+
+
 def _label(config: Mapping[str, Any]) -> str:
     words = [str(config[key]) for key in ("method", "bits", "data", "network") if config.get(key)]
     return " ".join([*words, f"seed {config['seed']}"] if "seed" in config else words)

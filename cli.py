@@ -1,0 +1,377 @@
+"""The verbs. A heavy library is imported inside the verb that needs it, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .bench.errors import UserError, nearest
+
+app = typer.Typer(
+    name="qatbench",
+    help="Compare quantization-aware training methods under one protocol, tuning budget and bit accounting.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+new_app = typer.Typer(help="Write a working plugin to start from.", no_args_is_help=True)
+app.add_typer(new_app, name="new")
+
+StoreOption = Annotated[Path, typer.Option("--store", envvar="QATBENCH_STORE", help="Where results live.")]
+DataOption = Annotated[Path | None, typer.Option("--data-root", envvar="QATBENCH_DATA", help="Where your data sets are.")]
+PluginOption = Annotated[list[Path] | None, typer.Option("--plugin", help="A file with a method, data set or network; repeatable.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+WandbOption = Annotated[bool, typer.Option("--wandb/--no-wandb", help="Whether W&B listens (metrics.csv is written either way).")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+WorkersOption = Annotated[int | None, typer.Option("--workers", help="Worker processes (default: one a core, or one a GPU).")]
+DEFAULT_STORE = Path("runs")
+
+
+class Kind(StrEnum):
+    """What can be listed."""
+
+    methods = "methods"
+    datasets = "datasets"
+    networks = "networks"
+    suites = "suites"
+
+
+@app.command()
+def quickstart(
+    store: StoreOption = DEFAULT_STORE,
+    workers: WorkersOption = None,
+    wandb: WandbOption = True,
+    device: DeviceOption = "auto",
+) -> None:
+    """Train and compare nine small networks on real digits that come with the installed packages."""
+    from .bench.store import Store
+
+    status = _sweep("quickstart", Store(store), workers=workers, wandb=wandb, device=device)
+    if status in (0, 1):
+        _report(Store(store), "quickstart", None, _report_command("quickstart", store, None))
+    raise typer.Exit(status)
+
+
+@app.command("list")
+def list_(kind: Kind, plugin: PluginOption = None, as_json: JsonOption = False) -> None:
+    """What there is, what is unavailable, and why."""
+    from rich.console import Console
+    from rich.table import Table
+
+    _load(plugin)
+    rows = _suites() if kind is Kind.suites else _plugins(kind.value)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table("name", "what", box=None, pad_edge=False, header_style="bold")
+    table.columns[0].no_wrap = True
+    for row in rows:
+        table.add_row(row["name"], f"[red]unavailable[/red]: {row['error']}" if row.get("error") else row["what"])
+    Console().print(table)
+
+
+@app.command()
+def run(
+    method: Annotated[str, typer.Option("--method", help="A method or a chain, e.g. lsq or kd+lsq.")],
+    data: Annotated[str, typer.Option("--data")] = "optdigits",
+    network: Annotated[str, typer.Option("--network")] = "resnet8",
+    bits: Annotated[str, typer.Option("--bits", help="wXaY: X bits for weights, Y for activations.")] = "w4a4",
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    protocol: Annotated[str | None, typer.Option("--protocol", help="single[:DOMAIN], mdl or lodo:DOMAIN.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE, e.g. epochs=5, kd.weight=0.9, digits.limit=5000; repeatable.")
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    data_root: DataOption = None,
+    plugin: PluginOption = None,
+    device: DeviceOption = "auto",
+    wandb: WandbOption = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Train and test one method; a run that is done is not run again."""
+    from .bench.spec import RunSpec, validated
+    from .bench.store import Store
+
+    _check_root(data_root)
+    asked = {"method": method, "data": data, "network": network, "bits": bits, "seed": seed, "protocol": protocol}
+    spec = validated(RunSpec, _with_settings(asked, settings or []), "run")
+    _load(plugin)
+    from .bench.resolve import resolve
+    from .bench.runner import run as run_one
+
+    where = Store(store)
+    resolved = resolve(spec, data_root=data_root, cache=where.cache)
+    known = where.read(resolved.run_id)
+    with _watching(resolved.spec.label, quiet=as_json) as tell:
+        record = run_one(resolved, where, data_root=data_root, device=device, wandb=wandb, progress=tell)
+    if as_json:
+        print(json.dumps(record, indent=1))
+    else:
+        _show(record, where, again=known is not None and known["status"] == "done")
+    raise typer.Exit(1 if record["status"] == "failed" else 0)
+
+
+@app.command()
+def sweep(
+    suite: Annotated[str, typer.Argument(help="A suite's name (see: qatbench list suites), or a YAML file.")],
+    workers: WorkersOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and run nothing.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also run again what failed.")] = False,
+    time_limit: Annotated[str | None, typer.Option("--time-limit", help="Stop after 2h, 30m or 90s; launch again to go on.")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    data_root: DataOption = None,
+    plugin: PluginOption = None,
+    device: DeviceOption = "auto",
+    wandb: WandbOption = True,
+) -> None:
+    """Fill in what a suite lacks: skip what is done, run the rest in worker processes."""
+    from .bench.store import Store
+
+    _check_root(data_root)
+    where = Store(store)
+    options: dict[str, Any] = {"workers": workers, "dry_run": dry_run, "retry_failed": retry_failed, "time_limit": time_limit}
+    status = _sweep(suite, where, data_root=data_root, plugins=plugin or [], device=device, wandb=wandb, **options)
+    if not dry_run and status in (0, 1):
+        name = Path(suite).stem if suite.endswith((".yaml", ".yml")) else suite
+        print(f"leaderboard: {_report_command(name, store, None)}")
+    raise typer.Exit(status)
+
+
+@app.command()
+def status(suite: str, store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
+    """Where each run of a suite stands: done, running, failed, skipped or left."""
+    from rich.console import Console
+
+    from .bench.store import Store
+    from .sweeps.progress import clock, plan_table
+    from .sweeps.status import status as look
+
+    found = look(suite, Store(store))
+    if as_json:
+        import dataclasses
+
+        print(json.dumps(dataclasses.asdict(found), indent=1))
+        return
+    states = ("done", "running", "failed", "skipped", "left")
+    counts = ", ".join(f"{found.count(state)} {state}" for state in states if found.count(state))
+    to_go = f"; about {clock(found.seconds_to_go)} to go" if found.seconds_to_go else ""
+    console = Console()
+    console.print(plan_table(found.entries, retry_failed=False))
+    console.print(f"{found.suite}: {counts}{to_go}", highlight=False)
+
+
+@app.command()
+def report(
+    suite: Annotated[str | None, typer.Argument(help="A suite launched on this store; none: everything in it.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the files (default: STORE/report).")] = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
+    """Regenerate every table and figure from the store alone."""
+    from .bench.store import Store
+
+    where = Store(store)
+    if as_json:
+        from .reports.leaderboard import as_dicts, leaderboard
+
+        print(json.dumps(as_dicts(leaderboard(where, suite)), indent=1))
+    else:
+        _report(where, suite, out, _report_command(suite, store, out))
+
+
+@app.command()
+def dash(store: StoreOption = DEFAULT_STORE) -> None:
+    """Where to look: W&B without a network, W&B on a server, and the HTML page."""
+    from .reports.dash import gather
+    from .bench.store import Store
+
+    for line in gather(Store(store)):
+        print(line)
+
+
+@new_app.command("method")
+def new_method(
+    name: str,
+    folder: Annotated[Path, typer.Option("--dir", help="Where to write it.")] = Path(),
+) -> None:
+    """Write NAME.py, a working method in one file, and test_NAME.py, its test."""
+    from .bench.scaffold import write_method
+
+    method, test = write_method(name, folder)
+    print(f"wrote {method} and {test}; next:")
+    print(f"  qatbench check {shlex.quote(str(method))}")
+    print(f"  qatbench run --plugin {shlex.quote(str(method))} --method {name}")
+
+
+@app.command()
+def check(file: Annotated[Path, typer.Argument(help="A plugin file.")]) -> None:
+    """Run the contract suite on every method that a file defines."""
+    from .bench.scaffold import check_file
+
+    raise typer.Exit(check_file(file))
+
+
+@app.command()
+def doctor(store: StoreOption = DEFAULT_STORE, data_root: DataOption = None) -> None:
+    """Versions, devices, data roots, W&B mode, what is missing and how to get it."""
+    from .bench.doctor import examine
+
+    raise typer.Exit(examine(store, data_root))
+
+
+@contextmanager
+def _watching(label: str, quiet: bool) -> Iterator[Callable[[dict[str, Any]], None] | None]:
+    """One progress line for one run, on a terminal; nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[what]}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(label, total=1, what="")
+
+        def tell(event: dict[str, Any]) -> None:
+            accuracy = event.get("val/acc")
+            what = f"{event['phase']} {event['epoch'] + 1}/{event['epochs']}" + (f" val {accuracy:.3f}" if accuracy else "")
+            bar.update(task, completed=event["step"], total=event["steps"], what=what)
+
+        yield tell
+
+
+def _load(plugins: list[Path] | None) -> None:
+    if plugins:
+        from .bench.registry import load_file
+
+        for path in plugins:
+            load_file(path)
+
+
+def _check_root(root: Path | None) -> None:
+    if root is None:
+        return
+    if not root.exists():
+        raise UserError(f"data root {root} does not exist; give the folder with your data sets (--data-root or QATBENCH_DATA)")
+    if not root.is_dir():
+        raise UserError(f"data root {root} is a file; give the folder with your data sets")
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise UserError(f"data root {root} may not be read; check its permissions")
+
+
+def _with_settings(asked: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """Sort ``--set KEY=VALUE`` into the run's keys, the methods' params and the data set's."""
+    import yaml
+
+    values: dict[str, Any] = {**asked, "params": {}, "data_params": {}}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {setting}: expected KEY=VALUE, e.g. epochs=5 or kd.weight=0.9")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        if isinstance(value, str):  # YAML 1.1 takes 1e-3 for a string
+            with_point = value.strip().lower()
+            try:
+                value = float(with_point) if "e" in with_point else value
+            except ValueError:
+                pass
+        owner, dot, name = key.partition(".")
+        if not dot:
+            values[key] = value
+        elif owner == asked["data"]:
+            values["data_params"][name] = value
+        elif owner in asked["method"].split("+"):
+            values["params"].setdefault(owner, {})[name] = value
+        else:
+            known = [*asked["method"].split("+"), asked["data"]]
+            raise UserError(f"--set {setting}: {owner!r} is neither a method of this run nor its data set{nearest(owner, known)}")
+    return values
+
+
+def _sweep(suite: str, store: Any, **options: Any) -> int:
+    from rich.console import Console
+
+    from .sweeps.suite import load_suite
+
+    loaded = load_suite(suite)
+    _load(options.get("plugins"))
+    from .sweeps.local import sweep as launch
+
+    command = shlex.join(["qatbench", *sys.argv[1:]])
+    return launch(loaded, store, command=command, console=Console(), **options).exit_status
+
+
+def _report_command(suite: str | None, store: Path, out: Path | None) -> str:
+    parts = ["qatbench", "report", *([suite] if suite else []), "--store", str(store)]
+    return shlex.join([*parts, *(["--out", str(out)] if out else [])])
+
+
+def _report(store: Any, suite: str | None, out: Path | None, command: str) -> None:
+    from rich.console import Console
+
+    from .reports.leaderboard import leaderboard
+    from .reports.render import terminal_table
+    from .reports.report import make_report
+
+    paths = make_report(store, suite, out, command)
+    console = Console()
+    for table in leaderboard(store, suite):
+        console.print(terminal_table(table, width=console.width))
+    console.print(f"leaderboard: {paths.html}", soft_wrap=True, highlight=False)
+
+
+def _plugins(kind: str) -> list[dict[str, Any]]:
+    from .bench.registry import plugins
+
+    return [
+        {"name": p.name, "what": _about(p.cls), "origin": p.origin, "error": p.error, "version": getattr(p.cls, "version", None)}
+        for p in plugins(kind)
+    ]
+
+
+def _about(cls: Any) -> str:
+    """The first line of the docstring, and a method's mark."""
+    first = (cls.__doc__ or "").strip().split("\n")[0] if cls is not None else ""
+    mark = getattr(cls, "fidelity", None)
+    return f"{first} [{mark}]" if mark == "reconstruction" else first
+
+
+def _suites() -> list[dict[str, Any]]:
+    from .sweeps.suite import load_suite, suite_names
+
+    return [{"name": n, "what": s.description, "runs_at_most": len(s.cells())} for n in suite_names() for s in [load_suite(n)]]
+
+
+def _show(record: dict[str, Any], store: Any, again: bool) -> None:
+    from rich.console import Console
+
+    console = Console()
+    folder = store.path(record["run_id"])
+    if record["status"] != "done":
+        console.print(f"[red]{record['status']}[/red]: {record['reason']}", highlight=False, soft_wrap=True)
+        console.print(f"log: {folder / 'log.txt'}", highlight=False, soft_wrap=True)
+        return
+    metrics, cost = record["metrics"], record["cost"]
+    domains = {k.rpartition("/")[2]: v for k, v in metrics.items() if k.startswith("test/acc/")}
+    parts = ", ".join(f"{name} {100 * value:.2f}" for name, value in domains.items())
+    console.print(f"test accuracy {100 * metrics['test/acc']:.2f} %  ({parts})", highlight=False, soft_wrap=True)
+    size = f"{cost['size_bytes'] / 1000:.1f} kB"
+    console.print(
+        f"{cost['avg_bits_weight']:.2f} bits a weight, {cost['avg_bits_act']:.2f} an activation, {size}", highlight=False, soft_wrap=True
+    )
+    console.print(f"{'done already' if again else 'record'}: {folder / 'result.json'}", highlight=False, soft_wrap=True)
