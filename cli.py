@@ -7,34 +7,63 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from .bench.errors import UserError, nearest
+
+
+class Interrupted(Exception):
+    """Ctrl-C; the message is the line for the user."""
+
+
+class Verbs(TyperGroup):
+    """The commands; Ctrl-C in one of them leaves it as `Interrupted`, whatever the version of typer does with it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            trains = ctx.invoked_subcommand in ("quickstart", "run", "sweep")
+            hint = "; the same command goes on from the last finished epoch" if trains else ""
+            raise Interrupted(f"interrupted{hint}") from None
+
 
 app = typer.Typer(
     name="qatbench",
     help="Compare quantization-aware training methods under one protocol, tuning budget and bit accounting.",
-    no_args_is_help=True,
+    cls=Verbs,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-new_app = typer.Typer(help="Write a working plugin to start from.", no_args_is_help=True)
+new_app = typer.Typer(help="Write a working plugin to start from.")
 app.add_typer(new_app, name="new")
 
 StoreOption = Annotated[Path, typer.Option("--store", envvar="QATBENCH_STORE", help="Where results live.")]
-DataOption = Annotated[Path | None, typer.Option("--data-root", envvar="QATBENCH_DATA", help="Where your data sets are.")]
-PluginOption = Annotated[list[Path] | None, typer.Option("--plugin", help="A file with a method, data set or network; repeatable.")]
+DataOption = Annotated[
+    Path | None, typer.Option("--data-root", envvar="QATBENCH_DATA", help="Where your data sets are.")
+]
+PluginOption = Annotated[
+    list[Path] | None,
+    typer.Option("--plugin", metavar="FILE", help="A file with a method, data set or network; repeatable."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-WandbOption = Annotated[bool, typer.Option("--wandb/--no-wandb", help="Whether W&B listens (metrics.csv is written either way).")]
+WandbOption = Annotated[
+    bool, typer.Option("--wandb/--no-wandb", help="Whether W&B listens (metrics.csv is written either way).")
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-WorkersOption = Annotated[int | None, typer.Option("--workers", help="Worker processes (default: one a core, or one a GPU).")]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", help="Worker processes (default: one a core, or one a GPU).")
+]
 DEFAULT_STORE = Path("runs")
 
 
@@ -47,7 +76,23 @@ class Kind(StrEnum):
     suites = "suites"
 
 
-@app.command()
+@app.callback()
+def start(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    """Compare quantization-aware training methods under one protocol, tuning budget and bit accounting."""
+    if version:
+        from . import __version__
+
+        print(f"qatbench {__version__}")
+        raise typer.Exit()
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+        raise typer.Exit(2)
+
+
+@app.command(short_help="Compare nine small runs on real digits.")
 def quickstart(
     store: StoreOption = DEFAULT_STORE,
     workers: WorkersOption = None,
@@ -63,10 +108,15 @@ def quickstart(
     raise typer.Exit(status)
 
 
-@app.command("list")
-def list_(kind: Kind, plugin: PluginOption = None, as_json: JsonOption = False) -> None:
+@app.command("list", short_help="What there is, and what is unavailable.")
+def list_(
+    kind: Annotated[Kind, typer.Argument(metavar="KIND", help=", ".join(Kind))],
+    plugin: PluginOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """What there is, what is unavailable, and why."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     _load(plugin)
@@ -77,20 +127,23 @@ def list_(kind: Kind, plugin: PluginOption = None, as_json: JsonOption = False) 
     table = Table("name", "what", box=None, pad_edge=False, header_style="bold")
     table.columns[0].no_wrap = True
     for row in rows:
-        table.add_row(row["name"], f"[red]unavailable[/red]: {row['error']}" if row.get("error") else row["what"])
+        table.add_row(
+            row["name"], f"[red]unavailable[/red]: {escape(row['error'])}" if row.get("error") else escape(row["what"])
+        )
     Console().print(table)
 
 
-@app.command()
+@app.command(short_help="Train and test one method.")
 def run(
     method: Annotated[str, typer.Option("--method", help="A method or a chain, e.g. lsq or kd+lsq.")],
-    data: Annotated[str, typer.Option("--data")] = "optdigits",
-    network: Annotated[str, typer.Option("--network")] = "resnet8",
+    data: Annotated[str, typer.Option("--data", help="See: qatbench list datasets.")] = "optdigits",
+    network: Annotated[str, typer.Option("--network", help="See: qatbench list networks.")] = "resnet8",
     bits: Annotated[str, typer.Option("--bits", help="wXaY: X bits for weights, Y for activations.")] = "w4a4",
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Draws split, weights and batches.")] = 0,
     protocol: Annotated[str | None, typer.Option("--protocol", help="single[:DOMAIN], mdl or lodo:DOMAIN.")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE, e.g. epochs=5, kd.weight=0.9, digits.limit=5000; repeatable.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="E.g. epochs=5, kd.weight=0.9, digits.limit=5000; repeatable."),
     ] = None,
     store: StoreOption = DEFAULT_STORE,
     data_root: DataOption = None,
@@ -105,8 +158,8 @@ def run(
 
     _check_root(data_root)
     asked = {"method": method, "data": data, "network": network, "bits": bits, "seed": seed, "protocol": protocol}
-    spec = validated(RunSpec, _with_settings(asked, settings or []), "run")
     _load(plugin)
+    spec = validated(RunSpec, _with_settings(asked, settings or []), "run")
     from .bench.resolve import resolve
     from .bench.runner import run as run_one
 
@@ -122,13 +175,17 @@ def run(
     raise typer.Exit(1 if record["status"] == "failed" else 0)
 
 
-@app.command()
+@app.command(short_help="Run what a suite lacks.")
 def sweep(
-    suite: Annotated[str, typer.Argument(help="A suite's name (see: qatbench list suites), or a YAML file.")],
+    suite: Annotated[
+        str, typer.Argument(metavar="SUITE", help="A suite's name (see: qatbench list suites), or a YAML file.")
+    ],
     workers: WorkersOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and run nothing.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also run again what failed.")] = False,
-    time_limit: Annotated[str | None, typer.Option("--time-limit", help="Stop after 2h, 30m or 90s; launch again to go on.")] = None,
+    time_limit: Annotated[
+        str | None, typer.Option("--time-limit", help="Stop after 2h, 30m or 90s; launch again to go on.")
+    ] = None,
     store: StoreOption = DEFAULT_STORE,
     data_root: DataOption = None,
     plugin: PluginOption = None,
@@ -140,7 +197,12 @@ def sweep(
 
     _check_root(data_root)
     where = Store(store)
-    options: dict[str, Any] = {"workers": workers, "dry_run": dry_run, "retry_failed": retry_failed, "time_limit": time_limit}
+    options: dict[str, Any] = {
+        "workers": workers,
+        "dry_run": dry_run,
+        "retry_failed": retry_failed,
+        "time_limit": time_limit,
+    }
     status = _sweep(suite, where, data_root=data_root, plugins=plugin or [], device=device, wandb=wandb, **options)
     if not dry_run and status in (0, 1):
         name = Path(suite).stem if suite.endswith((".yaml", ".yml")) else suite
@@ -148,8 +210,12 @@ def sweep(
     raise typer.Exit(status)
 
 
-@app.command()
-def status(suite: str, store: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
+@app.command(short_help="Where each run of a suite stands.")
+def status(
+    suite: Annotated[str, typer.Argument(metavar="SUITE")],
+    store: StoreOption = DEFAULT_STORE,
+    as_json: JsonOption = False,
+) -> None:
     """Where each run of a suite stands: done, running, failed, skipped or left."""
     from rich.console import Console
 
@@ -168,12 +234,15 @@ def status(suite: str, store: StoreOption = DEFAULT_STORE, as_json: JsonOption =
     to_go = f"; about {clock(found.seconds_to_go)} to go" if found.seconds_to_go else ""
     console = Console()
     console.print(plan_table(found.entries, retry_failed=False))
-    console.print(f"{found.suite}: {counts}{to_go}", highlight=False)
+    floats = f"; {found.floats_at_work} float networks in training" if found.floats_at_work else ""
+    console.print(f"{found.suite}: {counts}{floats}{to_go}", highlight=False)
 
 
-@app.command()
+@app.command(short_help="Regenerate tables and figures.")
 def report(
-    suite: Annotated[str | None, typer.Argument(help="A suite launched on this store; none: everything in it.")] = None,
+    suite: Annotated[
+        str | None, typer.Argument(metavar="[SUITE]", help="A suite launched on this store; none: everything in it.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the files (default: STORE/report).")] = None,
     store: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
@@ -190,19 +259,19 @@ def report(
         _report(where, suite, out, _report_command(suite, store, out))
 
 
-@app.command()
+@app.command(short_help="Where to look: W&B and the HTML page.")
 def dash(store: StoreOption = DEFAULT_STORE) -> None:
     """Where to look: W&B without a network, W&B on a server, and the HTML page."""
-    from .reports.dash import gather
     from .bench.store import Store
+    from .reports.dash import gather
 
     for line in gather(Store(store)):
         print(line)
 
 
-@new_app.command("method")
+@new_app.command("method", short_help="A method in one file, and its test.")
 def new_method(
-    name: str,
+    name: Annotated[str, typer.Argument(metavar="NAME")],
     folder: Annotated[Path, typer.Option("--dir", help="Where to write it.")] = Path(),
 ) -> None:
     """Write NAME.py, a working method in one file, and test_NAME.py, its test."""
@@ -214,20 +283,35 @@ def new_method(
     print(f"  qatbench run --plugin {shlex.quote(str(method))} --method {name}")
 
 
-@app.command()
-def check(file: Annotated[Path, typer.Argument(help="A plugin file.")]) -> None:
+@app.command(short_help="The contract suite, on a plugin file.")
+def check(file: Annotated[Path, typer.Argument(metavar="FILE", help="A plugin file.")]) -> None:
     """Run the contract suite on every method that a file defines."""
     from .bench.scaffold import check_file
 
     raise typer.Exit(check_file(file))
 
 
-@app.command()
+@app.command(short_help="What is here, what is missing.")
 def doctor(store: StoreOption = DEFAULT_STORE, data_root: DataOption = None) -> None:
     """Versions, devices, data roots, W&B mode, what is missing and how to get it."""
     from .bench.doctor import examine
 
     raise typer.Exit(examine(store, data_root))
+
+
+def usage_line(error: Exception) -> str | None:
+    """What was wrong with the command line, in one line; None if the error is another one."""
+    # Told by its methods: typer brought a command-line parser of its own, whose classes are not click's.
+    if not hasattr(error, "format_message"):
+        return None
+    message = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")  # type: ignore[attr-defined]
+    ctx: Any = getattr(error, "ctx", None)
+    option = getattr(error, "option_name", None)
+    if type(error).__name__ == "NoSuchOption" and ctx is not None and option:
+        known = [name for p in ctx.command.params for name in (*p.opts, *p.secondary_opts) if name.startswith("--")]
+        message = f"no such option {option}{nearest(option, known)}"
+    command = ctx.command_path if ctx is not None else "qatbench"
+    return f"{message[0].lower()}{message[1:]} (see: {command} --help)"
 
 
 @contextmanager
@@ -246,7 +330,9 @@ def _watching(label: str, quiet: bool) -> Iterator[Callable[[dict[str, Any]], No
 
         def tell(event: dict[str, Any]) -> None:
             accuracy = event.get("val/acc")
-            what = f"{event['phase']} {event['epoch'] + 1}/{event['epochs']}" + (f" val {accuracy:.3f}" if accuracy else "")
+            what = f"{event['phase']} {event['epoch'] + 1}/{event['epochs']}" + (
+                f" val {accuracy:.3f}" if accuracy else ""
+            )
             bar.update(task, completed=event["step"], total=event["steps"], what=what)
 
         yield tell
@@ -264,7 +350,9 @@ def _check_root(root: Path | None) -> None:
     if root is None:
         return
     if not root.exists():
-        raise UserError(f"data root {root} does not exist; give the folder with your data sets (--data-root or QATBENCH_DATA)")
+        raise UserError(
+            f"data root {root} does not exist; give the folder with your data sets (--data-root or QATBENCH_DATA)"
+        )
     if not root.is_dir():
         raise UserError(f"data root {root} is a file; give the folder with your data sets")
     if not os.access(root, os.R_OK | os.X_OK):
@@ -273,34 +361,47 @@ def _check_root(root: Path | None) -> None:
 
 def _with_settings(asked: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     """Sort ``--set KEY=VALUE`` into the run's keys, the methods' params and the data set's."""
-    import yaml
-
     values: dict[str, Any] = {**asked, "params": {}, "data_params": {}}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key:
             raise UserError(f"--set {setting}: expected KEY=VALUE, e.g. epochs=5 or kd.weight=0.9")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        if isinstance(value, str):  # YAML 1.1 takes 1e-3 for a string
-            with_point = value.strip().lower()
-            try:
-                value = float(with_point) if "e" in with_point else value
-            except ValueError:
-                pass
+        value = _value(text)
         owner, dot, name = key.partition(".")
+        if not dot and key in ("params", "data_params"):
+            raise UserError(f"--set {setting}: write the owner and its key, e.g. kd.weight=0.9 or digits.limit=5000")
         if not dot:
             values[key] = value
         elif owner == asked["data"]:
             values["data_params"][name] = value
-        elif owner in asked["method"].split("+"):
+        elif owner in (chain := _chain(asked["method"])):
             values["params"].setdefault(owner, {})[name] = value
         else:
-            known = [*asked["method"].split("+"), asked["data"]]
-            raise UserError(f"--set {setting}: {owner!r} is neither a method of this run nor its data set{nearest(owner, known)}")
+            known = [*chain, asked["data"]]
+            raise UserError(
+                f"--set {setting}: {owner!r} is neither a method of this run nor its data set{nearest(owner, known)}"
+            )
     return values
+
+
+def _value(text: str) -> Any:
+    """``5``, ``0.1``, ``true``, ``null``, ``[a, b]`` as in a suite's YAML; whatever else is text."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # ValueError: 2020-13-45, which YAML takes for a date
+        return text
+    with suppress(ValueError):  # YAML 1.1 takes 1e-3 for a string
+        return float(value) if isinstance(value, str) and "e" in value.lower() else value
+    return value
+
+
+def _chain(method: str) -> list[str]:
+    """The names in a chain, those that a wrapper brings along too."""
+    from .bench.chain import members
+
+    return [cls.name for cls in members(method)]
 
 
 def _sweep(suite: str, store: Any, **options: Any) -> int:
@@ -339,7 +440,13 @@ def _plugins(kind: str) -> list[dict[str, Any]]:
     from .bench.registry import plugins
 
     return [
-        {"name": p.name, "what": _about(p.cls), "origin": p.origin, "error": p.error, "version": getattr(p.cls, "version", None)}
+        {
+            "name": p.name,
+            "what": _about(p.cls),
+            "origin": p.origin,
+            "error": p.error,
+            "version": getattr(p.cls, "version", None),
+        }
         for p in plugins(kind)
     ]
 
@@ -354,16 +461,23 @@ def _about(cls: Any) -> str:
 def _suites() -> list[dict[str, Any]]:
     from .sweeps.suite import load_suite, suite_names
 
-    return [{"name": n, "what": s.description, "runs_at_most": len(s.cells())} for n in suite_names() for s in [load_suite(n)]]
+    return [
+        {"name": n, "what": s.description, "runs_at_most": len(s.cells())}
+        for n in suite_names()
+        for s in [load_suite(n)]
+    ]
 
 
 def _show(record: dict[str, Any], store: Any, again: bool) -> None:
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console()
     folder = store.path(record["run_id"])
     if record["status"] != "done":
-        console.print(f"[red]{record['status']}[/red]: {record['reason']}", highlight=False, soft_wrap=True)
+        console.print(
+            f"[red]{record['status']}[/red]: {escape(str(record['reason']))}", highlight=False, soft_wrap=True
+        )
         console.print(f"log: {folder / 'log.txt'}", highlight=False, soft_wrap=True)
         return
     metrics, cost = record["metrics"], record["cost"]
@@ -372,6 +486,8 @@ def _show(record: dict[str, Any], store: Any, again: bool) -> None:
     console.print(f"test accuracy {100 * metrics['test/acc']:.2f} %  ({parts})", highlight=False, soft_wrap=True)
     size = f"{cost['size_bytes'] / 1000:.1f} kB"
     console.print(
-        f"{cost['avg_bits_weight']:.2f} bits a weight, {cost['avg_bits_act']:.2f} an activation, {size}", highlight=False, soft_wrap=True
+        f"{cost['avg_bits_weight']:.2f} bits a weight, {cost['avg_bits_act']:.2f} an activation, {size}",
+        highlight=False,
+        soft_wrap=True,
     )
     console.print(f"{'done already' if again else 'record'}: {folder / 'result.json'}", highlight=False, soft_wrap=True)

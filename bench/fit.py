@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,37 +26,55 @@ PROGRESS_SECONDS = 0.25
 Progress = Callable[[dict[str, Any]], None]
 
 
-def fit(method: Method, data: DataModule, recorder: Recorder, resume: bool = False) -> None:
+def fit(
+    method: Method, data: DataModule, recorder: Recorder, resume: bool = False, callbacks: Sequence[L.Callback] = ()
+) -> None:
     """Train through all stages; from the recorder's last checkpoint if ``resume``.
 
     Raises:
         RunFailed: Training diverged, or the checkpoint is of other code.
-        KeyboardInterrupt: Somebody pressed Ctrl-C (Lightning would end quietly).
+        KeyboardInterrupt: Somebody pressed Ctrl-C.
     """
     trainer = make_trainer(
-        method.device, epochs=sum(stage.epochs for stage in method.stages(method.spec.epochs)), callbacks=[recorder]
+        method.device,
+        epochs=sum(stage.epochs for stage in method.stages(method.spec.epochs)),
+        callbacks=[recorder, *callbacks],
     )
     last = recorder.folder / LAST
     try:
-        trainer.fit(method, data, ckpt_path=last if resume else None, weights_only=True)
+        with _ctrl_c():
+            trainer.fit(method, data, ckpt_path=last if resume else None, weights_only=True)
     except (RuntimeError, KeyError) as error:
         if resume and "state_dict" in str(error):
             raise RunFailed(f"{last} was written by other code ({one_line(error)}); delete it to start over") from error
         raise
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C be a KeyboardInterrupt: Lightning would end the process with status 1, and leave the signal ignored."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as end:
+        if not isinstance(end.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, before)
+        raise KeyboardInterrupt from None
 
 
 def validate(method: Method, data: DataModule) -> dict[str, float]:
     """Metrics of the validation split, which stay in ``method.metrics``."""
-    make_trainer(method.device).validate(method, data, verbose=False, weights_only=True)
+    with _ctrl_c():
+        make_trainer(method.device).validate(method, data, verbose=False, weights_only=True)
     return method.metrics
 
 
 def test(method: Method, loaders: Mapping[str, Iterable]) -> dict[str, dict[str, float]]:
     """Metrics of each of the given test domains."""
     method.test_domains = list(loaders)
-    make_trainer(method.device).test(method, list(loaders.values()), verbose=False, weights_only=True)
+    with _ctrl_c():
+        make_trainer(method.device).test(method, list(loaders.values()), verbose=False, weights_only=True)
     return method.tested
 
 
@@ -163,6 +183,7 @@ def selected(rule: str, folder: Path, domains: Sequence[str]) -> dict[Path | Non
 
 def make_trainer(device: torch.device, epochs: int = 1, callbacks: list[L.Callback] | None = None) -> L.Trainer:
     """A Lightning trainer that only trains: the harness logs, saves and shows progress itself."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # at INFO it names devices and advertises, for each trainer
     return L.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=[device.index or 0] if device.type == "cuda" else 1,
@@ -179,8 +200,10 @@ def make_trainer(device: torch.device, epochs: int = 1, callbacks: list[L.Callba
 
 def save(path: Path, value: Any) -> None:
     """`torch.save`, whole or not at all."""
+    buffer = io.BytesIO()  # torch's own writer hides that a disk is full
+    torch.save(value, buffer)
     temporary = path.with_name(path.name + ".tmp")
-    torch.save(value, temporary)
+    temporary.write_bytes(buffer.getbuffer())
     os.replace(temporary, path)
 
 

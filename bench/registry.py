@@ -61,7 +61,7 @@ def _installed(kind: str) -> tuple[Plugin, ...]:
         module = f"{__name__.split('.')[0]}.{KINDS[kind].replace('/', '.')}.{path.stem}"
         try:
             found += _classes(importlib.import_module(module), str(path), only=kind)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             found.append(_broken(path.stem, kind, str(path), error))
     for entry in importlib.metadata.entry_points(group=f"qatbench.{kind}"):
         origin = entry.dist.name if entry.dist else entry.value
@@ -72,7 +72,7 @@ def _installed(kind: str) -> tuple[Plugin, ...]:
                 if isinstance(loaded, ModuleType)
                 else [_plugin(loaded, kind, origin)]
             )
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             new = [_broken(entry.name, kind, origin, error)]
         found += [_clash(p, found) or p for p in new]
     return tuple(found)
@@ -98,7 +98,7 @@ def load_file(path: str | Path) -> list[Plugin]:
         spec.loader.exec_module(module)
         source = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
         found = _classes(module, str(file), source=source)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
         raise UserError(f"plugin {path} {_where(error, file)}does not import: {_reason(error)}") from error
     if not found:
@@ -185,7 +185,7 @@ def _clash(new: Plugin, known: list[Plugin]) -> Plugin | None:
     return None
 
 
-def _broken(name: str, kind: str, origin: str, error: Exception) -> Plugin:
+def _broken(name: str, kind: str, origin: str, error: BaseException) -> Plugin:
     return Plugin(name, kind, origin, error=_reason(error), trace=traceback.format_exc())
 
 

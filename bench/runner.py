@@ -81,9 +81,8 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
         with _logging_to(folder / "log.txt"):
             record = _attempt(resolved, store, folder, data_root, device, wandb, suite, progress)
+        clear(folder)
         store.write(record)
-        if record["status"] == "done":
-            clear(folder)
         return record
 
 

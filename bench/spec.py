@@ -183,13 +183,16 @@ def validated(model: type[Model], values: Any, where: str) -> Model:
 
 
 def _first(error: ValidationError, model: type[BaseModel]) -> str:
-    first = error.errors(include_url=False)[0]
+    # A misspelt key first: it is why another one is missing.
+    first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return f"unknown key {key!r}{nearest(key, model.model_fields)}"
     if first["type"] == "missing":
         return f"key {key!r} is missing"
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":  # our own words, which name the value
+        return message
     value = repr(first["input"])
     shown = value if len(value) <= 60 else value[:57] + "..."
-    return message if shown in message else f"{key}={shown}: {message[0].lower()}{message[1:]}"
+    return f"{key}={shown}: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,24 @@
+"""A suite -> its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..bench.resolve import Resolved, resolve
+from ..bench.spec import RunSpec, SuiteSpec
+
+
+def expand(suite: SuiteSpec, *, data_root: Path | None, cache: Path) -> list[Resolved]:
+    """The suite's runs in its own order. Cells that normalise alike (fp32 under w4a4 and w2a2) are one run."""
+    runs: dict[str, Resolved] = {}
+    for spec in suite.cells():
+        resolved = resolve(spec, data_root=data_root, cache=cache)
+        runs.setdefault(resolved.run_id, resolved)
+    return list(runs.values())
+
+
+def labels(specs: Sequence[RunSpec]) -> list[str]:
+    """Short names for people: method, bits and seed, and of the rest only what differs within the suite."""
+    axes = [a for a in ("data", "protocol", "network") if len({getattr(s, a) for s in specs}) > 1]
+    return [" ".join([s.method, s.bits, *(str(getattr(s, a)) for a in axes), f"s{s.seed}"]) for s in specs]

@@ -1,0 +1,314 @@
+"""Speed and memory beside their targets: ``make perf``, or ``python tests/perf/perf.py NAME ...`` for some of them.
+
+What is compared runs in turn, A B A B, and the ratio is taken pair by pair: a machine's speed drifts, a ratio does not. Every
+figure is a median with its range. Nothing here is asserted in the test suite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+QATBENCH = [sys.executable, "-m", "qatbench"]
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+DATA = Path(os.environ.get("QATBENCH_DATA", SHARED))
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measurement: its values, what they are, and what they should be."""
+
+    what: str
+    values: list[float]
+    unit: str
+    target: float
+    at_most: bool = True
+
+    def row(self) -> list[str]:
+        """For the table."""
+        median = statistics.median(self.values)
+        met = median <= self.target if self.at_most else median >= self.target
+        low, high = min(self.values), max(self.values)
+        sign = "at most" if self.at_most else "at least"
+        target = f"{sign} {self.target:,g} {self.unit}".strip()
+        return [
+            self.what,
+            f"{median:,.3g} {self.unit}".strip(),
+            f"{low:,.3g} to {high:,.3g}",
+            target,
+            "yes" if met else "NO",
+        ]
+
+
+def in_turn(a: Callable[[], float], b: Callable[[], float], rounds: int) -> list[float]:
+    """Ratios A/B of what the two return, measured in turn after one round that does not count."""
+    a(), b()
+    return [a() / b() for _ in range(rounds)]
+
+
+def seconds(work: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
+    """How long it takes; on the wall clock, or by `time.process_time` in CPU seconds of this process."""
+    begin = clock()
+    work()
+    return clock() - begin
+
+
+def help_answers() -> list[Figure]:
+    """Start-up of the command."""
+    times = [seconds(lambda: subprocess.run([*QATBENCH, "--help"], capture_output=True, check=True)) for _ in range(8)][
+        1:
+    ]
+    return [Figure("qatbench --help", times, "s", 0.3)]
+
+
+def _ready(method: str, network: str, size: int, batch: int) -> tuple[Any, Any]:
+    """A method on a real network with random images, and one batch."""
+    import torch
+    from qatbench.bench.assemble import assemble
+    from qatbench.bench.data import Batch
+    from qatbench.bench.registry import find
+    from qatbench.bench.spec import RunSpec
+    from qatbench.bench.task import Task
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
+    images = Batch(x, torch.randint(10, (batch,)), torch.zeros(batch, dtype=torch.long))
+    net = find("networks", network)(3, 10).to(memory_format=torch.channels_last)
+    spec = RunSpec(
+        method=method, bits="w32a32" if method == "fp32" else "w4a4", network=network, batch=batch, protocol="single"
+    )
+    task = Task("classification", tuple("0123456789"), (batch // 10,) * 10, ("all",))
+    return assemble(spec, net, task, images), images
+
+
+def lsq_step() -> list[Figure]:
+    """A training step of LSQ against that of the float network, both in channels_last."""
+
+    def stepper(method: str) -> Callable[[], float]:
+        made, images = _ready(method, "resnet20", 32, 128)
+        opt = made.configure_optimizers()
+        made.train()
+
+        def step() -> None:
+            opt.zero_grad(set_to_none=True)
+            made.compute_losses(images, True)["task"].backward()
+            opt.step()
+
+        return lambda: seconds(step, time.process_time)
+
+    ratios = in_turn(stepper("lsq"), stepper("fp32"), rounds=15)
+    return [Figure("LSQ W4A4 step / float step (resnet20, batch 128, CPU seconds)", ratios, "", 1.35)]
+
+
+def _epoch(method: Any, data: Any, tracker: Any, folder: Path) -> float:
+    """CPU seconds a step of one epoch under the harness, after a first epoch that does not count."""
+    import lightning as L
+    from qatbench.bench.fit import Recorder, fit
+    from qatbench.bench.resolve import Resolved
+
+    class Clock(L.Callback):
+        def __init__(self) -> None:
+            self.spent: list[float] = []
+
+        def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+            self.begin = time.process_time()
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == trainer.num_training_batches - 1:
+                self.spent.append(time.process_time() - self.begin)
+
+    clock = Clock()
+    recorder = Recorder(folder, Resolved(method.spec, "perf", "perf", {}, "", None), tracker, None)
+    fit(method, data, recorder, callbacks=[clock])
+    return min(clock.spent[1:]) / data.steps
+
+
+def _bare(method: Any, data: Any) -> float:
+    """The same by a bare PyTorch loop: same network, batches, loss and optimizer."""
+    from torch.nn import functional as F
+
+    opt = method.configure_optimizers()
+    net = method.net.train()
+
+    def epoch() -> None:
+        for batch in data.train_dataloader():
+            opt.zero_grad(set_to_none=True)
+            F.cross_entropy(net(batch.x), batch.y).backward()
+            opt.step()
+
+    epoch()
+    return min(seconds(epoch, time.process_time) for _ in range(2)) / data.steps
+
+
+def _made_data(images: int, size: int, batch: int) -> Any:
+    """A data module of random images."""
+    import torch
+    from qatbench.bench.data import DataModule, Domain, Loaded
+
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (images, 3, size, size), generator=rng).to(torch.uint8)
+    domain = Domain("all", pixels, torch.arange(images) % 10)
+    return DataModule(Loaded("perf", [domain], f"perf-{images}-{size}", tuple("0123456789"), "shift"), None, 0, batch)
+
+
+def _float_method(data: Any, net: Any) -> Any:
+    """fp32 on a network, ready for three epochs."""
+    import torch
+    from qatbench.bench.assemble import assemble
+    from qatbench.bench.spec import RunSpec
+
+    torch.set_num_threads(1)
+    spec = RunSpec(method="fp32", bits="w32a32", epochs=3, batch=data.batch, protocol="single")
+    return assemble(spec, net.to(memory_format=torch.channels_last), data.task, data.probe(64))
+
+
+def harness_step() -> list[Figure]:
+    """What the harness adds to a step: against a bare PyTorch loop, and on a network that costs next to nothing."""
+    import torch
+    from qatbench.bench.registry import find
+    from qatbench.bench.tracking import Tracker
+    from torch import nn
+
+    data = _made_data(5000, 28, 128)
+    build = find("networks", "resnet8")
+
+    def harness() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            return _epoch(_float_method(data, build(3, 10)), data, None, Path(folder))
+
+    ratios = in_turn(harness, lambda: _bare(_float_method(data, build(3, 10)), data), rounds=4)
+    figures = [Figure("harness step / bare PyTorch step (resnet8, batch 128, CPU seconds)", ratios, "", 1.03)]
+
+    torch.set_num_threads(1)
+    small, times = _made_data(8000, 8, 8), []
+    for k in range(4):
+        with tempfile.TemporaryDirectory() as folder:
+            method = _float_method(small, nn.Sequential(nn.Flatten(), nn.Linear(192, 10)))
+            tracker = Tracker(Path(folder), f"perf{k}", {})
+            times.append(1000 * _epoch(method, small, tracker, Path(folder)))
+            tracker.finish()
+    return [*figures, Figure("harness step, one-layer network, W&B on (CPU)", times, "ms", 1.0)]
+
+
+def augmentation() -> list[Figure]:
+    """Whole-batch augmentation and normalisation of uint8 images, one thread."""
+    import torch
+
+    torch.set_num_threads(1)
+    figures = []
+    for name in ("shift", "crop-flip"):
+        data = _made_data(20_000, 32, 128)
+        from qatbench.bench.augment import AUGMENTS
+
+        data.augment = AUGMENTS[name]
+        rates = []
+        for epoch in range(6):
+            data.epoch = epoch
+            count = data.steps * data.share
+            rates.append(count / seconds(lambda: sum(len(b) for b in data.train_dataloader()), time.process_time))
+        figures.append(
+            Figure(f"loading and augmenting, {name}, 32x32, one thread", rates[1:], "images/s", 150_000, at_most=False)
+        )
+    return figures
+
+
+SUITE = """
+description: eight short runs that share two float networks
+method: [fp32, lsq, dorefa, pact]
+seed: [0, 1]
+epochs: 2
+float_epochs: 1
+"""
+
+
+def workers() -> list[Figure]:
+    """Runs an hour with two workers against one, float networks ready."""
+    ratios = []
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        suite = root / "scale.yaml"
+        suite.write_text(SUITE)
+        sweep = [*QATBENCH, "sweep", str(suite), "--no-wandb"]
+        ready = root / "ready"
+        subprocess.run([*sweep, "--store", str(ready)], check=True, capture_output=True)
+        for round_ in range(3):
+            spent = {}
+            for n in (1, 2):
+                store = root / f"{round_}-{n}"
+                store.mkdir()
+                for kept in ("float", "data"):
+                    os.symlink(ready / kept, store / kept)
+                command = [*sweep, "--store", str(store), "--workers", str(n)]
+                spent[n] = seconds(lambda: subprocess.run(command, check=True, capture_output=True))  # noqa: B023
+            ratios.append(spent[1] / spent[2])
+    return [Figure("runs/hour, two workers / one", ratios, "", 1.7, at_most=False)]
+
+
+def quickstart() -> list[Figure]:
+    """The main job on an empty store, and again."""
+    with tempfile.TemporaryDirectory() as store:
+        command = [*QATBENCH, "quickstart", "--store", store]
+        first = seconds(lambda: subprocess.run(command, check=True, capture_output=True))
+        again = seconds(lambda: subprocess.run(command, check=True, capture_output=True))
+    return [Figure("quickstart", [first], "s", 240), Figure("quickstart again, nothing to do", [again], "s", 20)]
+
+
+def memory() -> list[Figure]:
+    """Peak resident memory of a process that prepares the data, trains resnet8 and tests it."""
+    name = "digits" if DATA.is_dir() else "optdigits"
+    peaks = []
+    for method in ("lsq", "kd+lsq"):
+        with tempfile.TemporaryDirectory() as store:
+            settings = [
+                "--set",
+                "epochs=1",
+                "--set",
+                "float_epochs=1",
+                *(["--set", "digits.limit=5000"] if name == "digits" else []),
+            ]
+            root = ["--data-root", str(DATA)] if name == "digits" else []
+            command = [*QATBENCH, "run", "--method", method, "--data", name, "--store", store, *settings, *root]
+            child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            _, status, usage = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+            if child.returncode:
+                raise SystemExit(f"{' '.join(command)} ended with {child.returncode}")
+            peaks.append(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9)
+    return [Figure(f"peak memory, resnet8 on {name}", peaks, "GB", 1.5)]
+
+
+ALL = (help_answers, lsq_step, harness_step, augmentation, workers, memory, quickstart)
+
+
+def main() -> None:
+    """Measure and print."""
+    from rich.console import Console
+    from rich.table import Table
+
+    names = {f.__name__: f for f in ALL}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)} (default: all)")
+    chosen = parser.parse_args().names or list(names)
+    unknown = [name for name in chosen if name not in names]
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(names)}")
+    table = Table("what", "median", "range", "target", "met")
+    for name in chosen:
+        print(f"measuring {name} ...", file=sys.stderr, flush=True)
+        for figure in names[name]():
+            table.add_row(*figure.row())
+    Console(width=130).print(table)
+
+
+if __name__ == "__main__":
+    main()
