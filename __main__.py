@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> None:
     """Run the command line; a wrong request is one line on stderr and exit status 2, Ctrl-C is 130."""
     from .bench.errors import UserError
-    from .cli import app
+    from .cli import Interrupted, app, usage_line
 
     try:
-        app()
+        status = app(prog_name="qatbench", standalone_mode=False)
+        sys.stdout.flush()  # else a reader that has gone is noticed only when Python ends
     except UserError as error:
-        print(f"qatbench: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("qatbench: interrupted; the same command goes on from the last finished epoch", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # `qatbench list ... | head`
-        sys.stderr.close()
-        sys.exit(0)
+        status = _say(str(error), 2)
+    except (KeyboardInterrupt, Interrupted) as stop:
+        status = _say(str(stop) or "interrupted", 130)
+    except (BrokenPipeError, SystemExit) as end:  # `qatbench list ... | head`; typer turns that into SystemExit
+        if not isinstance(end, BrokenPipeError) and not isinstance(end.__context__, BrokenPipeError):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python flushes when it ends
+        status = 0
+    except Exception as error:
+        line = usage_line(error)
+        if line is None:
+            raise
+        status = _say(line, 2)
+    sys.exit(status or 0)
+
+
+def _say(line: str, status: int) -> int:
+    print(f"qatbench: {line}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

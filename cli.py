@@ -50,7 +50,7 @@ app.add_typer(new_app, name="new")
 
 StoreOption = Annotated[Path, typer.Option("--store", envvar="QATBENCH_STORE", help="Where results live.")]
 DataOption = Annotated[
-    Path | None, typer.Option("--data-root", envvar="QATBENCH_DATA", help="Where your data sets are.")
+    Path | None, typer.Option("--data-root", envvar="QATBENCH_DATA", readable=False, help="Where your data sets are.")
 ]
 PluginOption = Annotated[
     list[Path] | None,
@@ -172,6 +172,7 @@ def run(
         print(json.dumps(record, indent=1))
     else:
         _show(record, where, again=known is not None and known["status"] == "done")
+    _tell_aside(where)
     raise typer.Exit(1 if record["status"] == "failed" else 0)
 
 
@@ -205,8 +206,9 @@ def sweep(
     }
     status = _sweep(suite, where, data_root=data_root, plugins=plugin or [], device=device, wandb=wandb, **options)
     if not dry_run and status in (0, 1):
-        name = Path(suite).stem if suite.endswith((".yaml", ".yml")) else suite
-        print(f"leaderboard: {_report_command(name, store, None)}")
+        from .sweeps.suite import load_suite
+
+        print(f"leaderboard: {_report_command(load_suite(suite).name, store, None)}")
     raise typer.Exit(status)
 
 
@@ -255,6 +257,7 @@ def report(
         from .reports.leaderboard import as_dicts, leaderboard
 
         print(json.dumps(as_dicts(leaderboard(where, suite)), indent=1))
+        _tell_aside(where)
     else:
         _report(where, suite, out, _report_command(suite, store, out))
 
@@ -434,6 +437,13 @@ def _report(store: Any, suite: str | None, out: Path | None, command: str) -> No
     for table in leaderboard(store, suite):
         console.print(terminal_table(table, width=console.width))
     console.print(f"leaderboard: {paths.html}", soft_wrap=True, highlight=False)
+    _tell_aside(store)
+
+
+def _tell_aside(store: Any) -> None:
+    """Name the files that are no records; they stay where they are."""
+    for path, reason in dict.fromkeys(store.aside):
+        print(f"{path} is set aside: {reason}", file=sys.stderr)
 
 
 def _plugins(kind: str) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ def assemble(spec: RunSpec, net: nn.Module, task: Task, probe: Batch, plan: Mapp
         RunFailed: The method changes nothing in this network, or leaves a layer out.
     """
     method = build(spec.method, spec.params)
-    image = tuple(probe.x.shape[1:])
+    image = (probe.x.shape[1], probe.x.shape[2], probe.x.shape[3])
     sites = find_sites(net, image)
     float_net = copy.deepcopy(net)
     scope = Scope()
@@ -89,4 +89,6 @@ def _place(method: Method, net: nn.Module, layers: list[Site], plan: Mapping[str
         weight = method.weight_quantizer(bits.w, site, scope) if bits.w < FLOAT_BITS else None
         act = method.act_quantizer(bits.a, site, scope) if bits.a < FLOAT_BITS else None
         if weight is not None or act is not None:
-            swap(net, site.name, QuantLayer(net.get_submodule(site.name), weight, act))
+            layer = net.get_submodule(site.name)
+            assert isinstance(layer, nn.Conv2d | nn.Linear)  # what find_sites calls a layer
+            swap(net, site.name, QuantLayer(layer, weight, act))

@@ -32,7 +32,7 @@ __all__ = [
     "parse_protocol",
 ]
 
-EVAL_BATCH = 256
+EVAL_BATCH = 128
 
 
 @dataclass

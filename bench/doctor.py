@@ -37,8 +37,13 @@ def examine(store: Path, data_root: Path | None) -> int:
         if importlib.util.find_spec(module) is None:
             say(None, f"{module} is not installed (optional); pip install 'qatbench[{extra}]'")
     say(*_store(store))
-    root = f"data root {data_root}" if data_root else "no data root (optional); give one with --data-root or QATBENCH_DATA"
-    say(None if data_root is None else data_root.is_dir(), root if data_root is None or data_root.is_dir() else f"{root} is not a folder")
+    root = (
+        f"data root {data_root}" if data_root else "no data root (optional); give one with --data-root or QATBENCH_DATA"
+    )
+    say(
+        None if data_root is None else data_root.is_dir(),
+        root if data_root is None or data_root.is_dir() else f"{root} is not a folder",
+    )
     say(True, f"W&B {user_mode()}")
     for kind in KINDS:
         broken = [p for p in plugins(kind) if p.error]
@@ -50,7 +55,9 @@ def examine(store: Path, data_root: Path | None) -> int:
 
 def _hugging_face() -> tuple[bool, str]:
     spec = importlib.util.find_spec("datasets")
-    if spec is None or spec.origin is None:  # a folder named datasets is a namespace: the import would succeed, and be empty
+    if (
+        spec is None or spec.origin is None
+    ):  # a folder named datasets is a namespace: the import would succeed, and be empty
         return False, "`import datasets` is not Hugging Face's library; pip install datasets"
     return True, f"`import datasets` is {Path(spec.origin).parent}"
 
@@ -63,6 +70,8 @@ def _devices() -> tuple[bool, str]:
 
 
 def _store(store: Path) -> tuple[bool, str]:
+    if store.exists() and not store.is_dir():
+        return False, f"store {store} is a file; choose a folder with --store or QATBENCH_STORE"
     place = next(path for path in (store.absolute(), *store.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free / 1e9
     if not os.access(place, os.W_OK):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import signal
 import time
@@ -17,6 +19,7 @@ import torch
 from .data import DataModule
 from .errors import RunFailed
 from .method import Method
+from .quant import Bits
 from .resolve import Resolved
 from .tracking import Tracker, scrub, write_history
 
@@ -46,7 +49,7 @@ def fit(
             trainer.fit(method, data, ckpt_path=last if resume else None, weights_only=True)
     except (RuntimeError, KeyError) as error:
         if resume and "state_dict" in str(error):
-            raise RunFailed(f"{last} was written by other code ({one_line(error)}); delete it to start over") from error
+            raise other_code(last, error) from error
         raise
 
 
@@ -183,7 +186,9 @@ def selected(rule: str, folder: Path, domains: Sequence[str]) -> dict[Path | Non
 
 def make_trainer(device: torch.device, epochs: int = 1, callbacks: list[L.Callback] | None = None) -> L.Trainer:
     """A Lightning trainer that only trains: the harness logs, saves and shows progress itself."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # at INFO it names devices and advertises, for each trainer
+    logging.getLogger("lightning.pytorch").setLevel(
+        logging.WARNING
+    )  # at INFO it names devices and advertises, for each trainer
     return L.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=[device.index or 0] if device.type == "cuda" else 1,
@@ -223,12 +228,18 @@ def read_checkpoint(path: Path) -> dict[str, Any] | None:
         return None
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
-        plan = saved["qatbench"]["plan"]
     except Exception as error:  # torch raises a different class for each way in which a file can be broken
-        raise RunFailed(f"{path} cannot be read ({one_line(error)}); delete it to start over") from error
-    if not isinstance(plan, dict):
-        raise RunFailed(f"{path} was written by other code; delete it to start over")
+        raise RunFailed(f"{path} cannot be read; delete it to start over ({one_line(error)[:100]})") from error
+    try:
+        saved["qatbench"]["plan"] = {str(name): Bits(*bits) for name, bits in saved["qatbench"]["plan"].items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise other_code(path, error) from error
     return saved
+
+
+def other_code(checkpoint: Path, error: Exception) -> RunFailed:
+    """What to say of a checkpoint that does not fit: what to do comes first, since the details may be cut."""
+    return RunFailed(f"{checkpoint} was written by other code; delete it to start over ({one_line(error)[:200]})")
 
 
 def one_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from .errors import RunFailed
@@ -115,14 +116,15 @@ class Run:
             The losses, detached, each a mean over the batch.
         """
         self.opt.zero_grad(set_to_none=True)
-        parts = (batch or self.batch).chunk(self.method.spec.accumulate)
+        whole = batch or self.batch
         totals: dict[str, Tensor] = {}
-        for part in parts:
+        for part in whole.chunk(self.method.spec.accumulate):
             losses = self.method.compute_losses(part, track)
+            share = len(part) / len(whole)  # parts differ by an image if the batch does not divide
             loss = torch.stack(list(losses.values())).sum() if len(losses) > 1 else next(iter(losses.values()))
-            self.method.manual_backward(loss / len(parts) if len(parts) > 1 else loss)
+            self.method.manual_backward(loss if share == 1 else loss * share)
             for name, value in losses.items():
-                totals[name] = totals.get(name, 0.0) + value.detach() / len(parts)
+                totals[name] = totals.get(name, 0.0) + value.detach() * share
         self.method.record_losses(totals)
         return totals
 
@@ -172,6 +174,20 @@ class Method(L.LightningModule):
     """Of logits, joint, head, norm, step: what cannot be altered twice in one chain."""
     test_params: ClassVar[Mapping[str, Any]] = {}
     """Settings under which every mechanism fires within 20 steps."""
+
+    # Set by the harness on every member of a chain ...
+    spec: RunSpec
+    task: Task
+    scope: Scope
+    # ... and on the outermost one.
+    net: nn.Module
+    ema: nn.Module
+    probe: Batch
+    sites: list[Site]
+    bit_plan: dict[str, Bits]
+    run_in_progress: Run
+    test_domains: list[str]
+    tested: dict[str, dict[str, float]]
 
     class Params(Frozen):
         """The method's own settings, with defaults and bounds."""
@@ -315,7 +331,9 @@ class Method(L.LightningModule):
             return self.losses(out, batch)
 
     def _teach(self, x: Tensor) -> dict[str, Out]:
-        nets = {"float": net for net in self._float_teacher}
+        nets: dict[str, nn.Module] = {}
+        if self._float_teacher:
+            nets["float"] = self._float_teacher[0]
         if hasattr(self, "ema"):
             nets["ema"] = self.ema
         track, self.scope.track = self.scope.track, False
@@ -451,7 +469,7 @@ class Method(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Metrics of the validation split, to `metrics` and to every method of the chain."""
         self.metrics = combine({domain: meter.compute() for domain, meter in self._meters.items()}, "val")
-        if self.trainer.training:
+        if self.trainer.state.fn == TrainerFn.FITTING:  # `trainer.training` is False while Lightning validates
             for member in self.members:
                 member.validated(self.run_in_progress, self.metrics)
 
@@ -565,20 +583,29 @@ def schedule(kind: str, done: float) -> float:
     return 1.0
 
 
-_TRACKERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 @contextlib.contextmanager
 def _not_tracking(net: nn.Module) -> Iterator[None]:
     # Their own switch, not the momentum: with momentum 0 a BatchNorm still counts batches.
-    norms = [m for m in net.modules() if isinstance(m, _TRACKERS) and m.track_running_stats]
+    batch = [m for m in net.modules() if isinstance(m, _BATCH_NORMS) and m.track_running_stats]
+    # In training an InstanceNorm moves its statistics whatever its switch says; it does not need them to compute.
+    instance = [
+        (m, m.running_mean, m.running_var) for m in net.modules() if isinstance(m, _INSTANCE_NORMS) and m.training
+    ]
     try:
-        for norm in norms:
+        for norm in batch:
             norm.track_running_stats = False
+        for norm, _, _ in instance:
+            norm.running_mean = norm.running_var = None
         yield
     finally:
-        for norm in norms:
+        for norm in batch:
             norm.track_running_stats = True
+        for norm, mean, var in instance:
+            norm.running_mean, norm.running_var = mean, var
 
 
 def _tracking(net: nn.Module, on: bool) -> contextlib.AbstractContextManager:

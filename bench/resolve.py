@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,7 @@ def resolve(spec: RunSpec, *, data_root: Path | None, cache: Path) -> Resolved:
     chain = members(spec.method)
     name = normal_name(spec.method)
     params = {k: v.model_dump(mode="json") for k, v in chain_params(spec.method, spec.params).items()}
-    loaded, data_params = _open(spec.data, canonical_json(spec.data_params), data_root, cache)
+    loaded, data_params = _open(spec.data, spec.data_params, data_root, cache)
     protocol = parse_protocol(spec.protocol, loaded.names).name
     find("networks", spec.network)
     method = build(spec.method, spec.params)
@@ -132,13 +131,14 @@ def _version(kind: str, name: str) -> str:
 _opened: dict[tuple[str, str, Path | None, Path], tuple[Loaded, dict[str, Any]]] = {}
 
 
-def _open(data: str, params: str, root: Path | None, cache: Path) -> tuple[Loaded, dict[str, Any]]:
-    """Open a data set once a process and setting; `params` is JSON."""
-    key = (data, params, root, cache)
+def _open(data: str, params: dict[str, Any], root: Path | None, cache: Path) -> tuple[Loaded, dict[str, Any]]:
+    """Open a data set once a process and setting."""
+    cls: type[DataSet] = find("datasets", data)
+    settings = validated(cls.Params, params, f"data_params of {data}")
+    normal = _normal_params(cls(settings, root), settings)
+    key = (data, canonical_json(normal), root, cache)
     if key not in _opened:
-        cls: type[DataSet] = find("datasets", data)
-        settings = validated(cls.Params, json.loads(params), f"data_params of {data}")
-        _opened[key] = (open_data(cls, settings, root, cache), _normal_params(cls(settings, root), settings))
+        _opened[key] = open_data(cls, settings, root, cache), normal
     return _opened[key]
 
 

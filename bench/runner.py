@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import errno
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import logging
@@ -17,7 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,27 @@ from .assemble import assemble
 from .chain import build
 from .data import DataModule, open_data
 from .errors import RunFailed, UserError
-from .fit import LAST, Progress, Recorder, clear, fit, one_line, read_checkpoint, save, selected, test, validate
+from .fit import (
+    LAST,
+    Progress,
+    Recorder,
+    clear,
+    fit,
+    one_line,
+    other_code,
+    read_checkpoint,
+    save,
+    selected,
+    test,
+    validate,
+)
 from .method import Method
-from .quant import Bits, cost, count_levels
+from .quant import cost, count_levels
 from .registry import ROOT, find
 from .resolve import Resolved
 from .seeds import seed_for
 from .spec import RunSpec
-from .store import Store, write_json
+from .store import FULL, Store, write_json
 from .task import combine
 from .tracking import Tracker, scrub
 
@@ -73,6 +86,7 @@ def run(
     old = store.read(resolved.run_id)
     if old is not None and old["status"] == "done":
         return old
+    pick_device(device)  # refused before anything is written
     with store.lock(resolved.run_id):
         old = store.read(resolved.run_id)
         if old is not None and old["status"] == "done":  # by another process, while this one waited
@@ -124,7 +138,7 @@ def _attempt(
         tracker.finish(failed=True)
         raise
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = isinstance(error, OSError) and error.errno in FULL
         reason = f"no space left on the disk of {store.root}" if full else f"{type(error).__name__}: {one_line(error)}"
         record |= {"status": "failed", "reason": reason}
         log.error("%s", scrub(traceback.format_exc()))
@@ -162,9 +176,12 @@ def train_float(
         session = _Session(float_run, store, pick_device(device), folder, data_root, progress, None)
         result = session.measure(None)
         save(folder / "net.pt", {k: v.cpu() for k, v in session.method.net.state_dict().items()})
+        (folder / LAST).unlink(missing_ok=True)
         write_json(folder / "result.json", {"schema": SCHEMA, "float_id": resolved.float_id, **result})
         clear(folder)
-        return folder
+    del session, result
+    gc.collect()  # trainer and module hold each other; the network of the run itself comes next
+    return folder
 
 
 class _Session:
@@ -194,9 +211,14 @@ class _Session:
         """Build, train, select, test once, and add up."""
         spec = self.spec
         saved = read_checkpoint(self.folder / LAST)
+        if saved is not None and saved["qatbench"].get("spec") != spec.model_dump(mode="json"):
+            raise RunFailed(f"{self.folder / LAST} belongs to another run; delete it to start over")
         net = self._network(float_folder)
-        plan = None if saved is None else {name: Bits(*bits) for name, bits in saved["qatbench"]["plan"].items()}
-        self.method = assemble(spec, net, self.data.task, self.data.probe(spec.calibration), plan)
+        plan = None if saved is None else saved["qatbench"]["plan"]
+        try:
+            self.method = assemble(spec, net, self.data.task, self.data.probe(spec.calibration), plan)
+        except RunFailed as error:
+            raise error if saved is None else other_code(self.folder / LAST, error) from error
         self.method.to(self.device)
         if self.tracker is not None:
             rows = [
@@ -245,20 +267,25 @@ class _Session:
 
     def _select_and_test(self) -> dict[str, float]:
         """Metrics of the weights that the protocol selects, on validation data; the test split is opened here and nowhere else."""
-        val = dict(self.method.metrics)
+        val = self._validated()
         domains, tested = self.data.test_domains, {}
         loaders = dict(zip(domains, self.data.open_test(), strict=True))
         for weights, names in selected(self.spec.selection, self.folder, domains).items():
             if weights is not None:
                 self.method.load_state_dict(torch.load(weights, weights_only=True, map_location=self.device))
-                if self.spec.selection == "best":
-                    validate(self.method, self.data)
-                    val = dict(self.method.metrics)
+                validate(self.method, self.data)
+                whole = self.spec.selection == "best"  # best_per_domain: every domain has weights of its own
+                val |= {d: values for d, values in self._validated().items() if whole or d in names}
             tested.update(test(self.method, {name: loaders[name] for name in names}))
         mean_over = self.data.protocol.test
         flat = combine({d: tested[d] for d in mean_over}, "test")
         flat.update({f"test/{k}/{d}": v for d in self.data.protocol.also for k, v in tested[d].items()})
-        return {**flat, **val}
+        return {**flat, **combine(val, "val")}
+
+    def _validated(self) -> dict[str, dict[str, float]]:
+        """The metrics of the last validation, by domain."""
+        found = self.method.metrics.items()
+        return {d: {k.split("/")[1]: v for k, v in found if k.endswith(f"/{d}")} for d in self.data.val_domains}
 
     def _cost(self) -> dict[str, Any]:
         """Cost from the plan, and the codes that were really seen.
@@ -360,6 +387,7 @@ def _provenance(resolved: Resolved, device: str) -> dict[str, Any]:
 def _logging_to(path: Path) -> Iterator[None]:
     """Send the log, Lightning's and the warnings to the run's own file."""
     handler = logging.FileHandler(path)
+    handler.handleError = lambda record: None  # on a full disk: a traceback on the terminal helps nobody
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     # Lightning's two halves have handlers and levels of their own; at INFO they advertise.
     levels = {
@@ -383,4 +411,5 @@ def _logging_to(path: Path) -> Iterator[None]:
             for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
                 logger.handlers, logger.propagate = handlers, propagate
                 logger.setLevel(level)
-            handler.close()
+            with suppress(OSError):  # the disk is full: the run has ended for that reason
+                handler.close()

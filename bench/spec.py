@@ -191,8 +191,8 @@ def _first(error: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "missing":
         return f"key {key!r} is missing"
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":  # our own words, which name the value
-        return message
     value = repr(first["input"])
     shown = value if len(value) <= 60 else value[:57] + "..."
+    if first["type"] == "value_error" and shown in message:  # a validator's own words
+        return message
     return f"{key}={shown}: {message[0].lower()}{message[1:]}"

@@ -34,7 +34,7 @@ _OWN = frozenset({"float", "suites", "locks", "data"})
 _SECTIONS = ("metrics", "cost", "time", "provenance", "wandb")
 _BIGGEST = 16 * 2**20  # a record is some kilobytes; whatever is larger was not written by us
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class BusyError(Exception):
@@ -209,7 +209,7 @@ def writing(root: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _READ_ONLY:
             raise UserError(f"store {root} is read-only; choose another with --store or QATBENCH_STORE") from error
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise UserError(f"no space left on the disk of store {root}; free some and try again") from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST):
             raise UserError(f"store {root}: {error.filename} is in the way of a folder; move it") from error

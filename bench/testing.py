@@ -12,6 +12,7 @@ It trains a small real network on small made images (8x8, three domains, four cl
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import subprocess
 import sys
@@ -39,7 +40,8 @@ from .task import Task
 
 CLASSES, IMAGE = 4, (3, 8, 8)
 SPEC: dict[str, Any] = {
-    "data": "contract", "network": "resnet8", "bits": "w3a3", "batch": 24, "epochs": 4, "lr": 0.02, "calibration": 48, "protocol": "mdl",
+    "data": "contract", "network": "resnet8", "bits": "w3a3", "batch": 24, "epochs": 4, "lr": 0.02, "calibration": 48,
+    "protocol": "mdl",
 }  # fmt: skip
 
 
@@ -98,7 +100,8 @@ def train(method: Method, data: DataModule, folder: Path) -> None:
 def all_train(data: DataModule) -> Batch:
     """Every training image, without augmentation, in one batch."""
     parts = list(data.train_batches(1000))
-    return Batch(*(torch.cat([getattr(p, k) for p in parts]) for k in ("x", "y", "domain")))
+    x, y, domain = (torch.cat([getattr(p, k) for p in parts]) for k in ("x", "y", "domain"))
+    return Batch(x, y, domain)
 
 
 def state(method: Method) -> dict[str, Tensor]:
@@ -125,10 +128,11 @@ def logits(method: Method, net: nn.Module, batch: Batch) -> Tensor:
 def quantizers_with_inputs(method: Method, batch: Batch) -> Iterator[tuple[str, Quantizer, Tensor]]:
     """Every quantizer with a tensor that it really meets."""
     seen: dict[str, Tensor] = {}
-    handles = [
-        layer.register_forward_pre_hook(lambda _m, inputs, name=name: seen.__setitem__(name, inputs[0]))
-        for name, layer in quant_layers(method.net)
-    ]
+
+    def note(name: str, _layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen[name] = inputs[0]
+
+    handles = [m.register_forward_pre_hook(functools.partial(note, name)) for name, m in quant_layers(method.net)]
     logits(method, method.net, batch)
     for handle in handles:
         handle.remove()
@@ -139,7 +143,7 @@ def quantizers_with_inputs(method: Method, batch: Batch) -> Iterator[tuple[str, 
             yield f"{name}.input", layer.act_quantizer, seen[name].detach()
 
 
-class _StopHere(Exception):  # noqa: N818
+class _StopHere(Exception):
     """Stands for the kill."""
 
 
@@ -208,7 +212,7 @@ class MethodContract:
         assert [name for name, has in reached.items() if not has] == []
 
     def test_codes(self, tmp_path: Path) -> None:
-        """ "2 bits" would not be 2 bits, or the deployed integers would not be the numbers that were trained."""
+        """A width would be a claim, or the deployed integers would not be the numbers that were trained."""
         for width in self._widths():
             method, data = ready(self.method, bits=f"w{width}a{width}", epochs=1)
             if method.trains:
@@ -349,7 +353,12 @@ def check_codes(name: str, quantizer: Quantizer, x: Tensor) -> None:
 def two_ranks(method: str, plugin: str | None, folder: Path) -> list[dict[str, dict[str, Tensor]]]:
     """Train one epoch on two CPU processes (gloo); each rank's parameters before and after."""
     with tempfile.TemporaryDirectory() as meeting:
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        place = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+            "WORLD_SIZE": "2",
+            "OMP_NUM_THREADS": "1",
+        }
         processes = []
         for rank in (0, 1):
             command = [sys.executable, "-m", __name__, method, plugin or "", str(folder)]
@@ -390,7 +399,9 @@ def _one_rank(method_name: str, plugin: str, folder: str) -> None:
     rank = int(os.environ["LOCAL_RANK"])
     method, _ = ready(method_name)
     spec = method.spec
-    data = DataModule(contract_data(), spec.protocol, spec.seed, spec.batch, "shift", views=method.views, rank=rank, world=2)
+    data = DataModule(
+        contract_data(), spec.protocol, spec.seed, spec.batch, "shift", views=method.views, rank=rank, world=2
+    )
 
     def parameters() -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in method.named_parameters()}
@@ -413,36 +424,69 @@ def check_pair(method: str) -> None:
     reason = one.skip(data.task)
     if reason is not None:
         pytest.skip(reason)
-    take_steps(one, data, batches[:1])
-    middle = copy.deepcopy({"state": one.state_dict(), "opt": one.loose_run.opt.state_dict()})
-    take_steps(one, data, batches[1:])
+    loop = Loop(one, data)
+    loop.epoch(batches[:1])
+    middle = copy.deepcopy({"state": one.state_dict(), "opt": loop.run.opt.state_dict()})
+    loop.epoch(batches[1:], 1)
     other, data = ready(method, epochs=1)
-    take_steps(other, data, [])
+    again = Loop(other, data)
     other.load_state_dict(middle["state"])
-    other.loose_run.opt.load_state_dict(middle["opt"])
-    take_steps(other, data, batches[1:])
+    again.run.opt.load_state_dict(middle["opt"])
+    again.epoch(batches[1:], 1)
     assert same(state(one), state(other)) == []
     one.eval()
     for name, quantizer, x in quantizers_with_inputs(one, all_train(data)):
         check_codes(name, quantizer, x)
 
 
-def take_steps(method: Method, data: DataModule, batches: list[Batch]) -> None:
-    """Some training steps without a Trainer, whose start alone takes longer than they do."""
-    if not hasattr(method, "loose_run"):
-        method.loose_run = Run(method)
-        method.loose_run.opt = method.configure_optimizers()
+class Loop:
+    """Training steps without a Lightning Trainer, whose start alone takes longer than they do."""
+
+    training = True  # what a method may ask of its trainer
+
+    def __init__(self, method: Method, data: DataModule) -> None:
+        self.method, self.datamodule, self.current_epoch = method, data, 0
+        method.trainer = self  # type: ignore[assignment]
         method.manual_backward = lambda loss, *a, **k: loss.backward()  # type: ignore[method-assign]
-    method.train()
-    for batch in batches:
-        torch.manual_seed(0)
-        method.loose_run.batch = batch
-        for group in method.loose_run.opt.param_groups:
-            group["lr"] = method.spec.lr * group["lr_scale"]
-        method.step(method.loose_run)
+        method.scope.epochs, method.scope.steps = method.spec.epochs, method.spec.epochs * data.steps
+        self.run = method.run_in_progress = Run(method)
+        self.run.opt = method.configure_optimizers()
+
+    def epoch(self, batches: list[Batch], epoch: int = 0) -> list[float]:
+        """One epoch of these batches; the sum of the losses of each step."""
+        method, run, losses = self.method.train(), self.run, []
+        self.current_epoch = method.scope.epoch = epoch
+        if hasattr(method, "ema"):
+            method.ema.eval()
+        with torch.no_grad():
+            if epoch == 0:
+                for member in method.members:
+                    member.start(run, method.stages(method.spec.epochs)[0])
+            for member in method.members:
+                member.epoch_start(run)
+        for step, batch in enumerate(batches):
+            torch.manual_seed(step)
+            run.batch = batch
+            for group in run.opt.param_groups:
+                group["lr"] = method.spec.lr * group["lr_scale"]
+            before = sum(float(v) for v in method.losses_seen.values())
+            method.step(run)
+            losses.append(sum(float(v) for v in method.losses_seen.values()) - before)
+            method.scope.step += 1
+        return losses
 
 
-__all__ = ["MethodContract", "Task", "check_codes", "check_pair", "contract_data", "float_net", "ready", "train"]
+__all__ = [
+    "Loop",
+    "MethodContract",
+    "Task",
+    "check_codes",
+    "check_pair",
+    "contract_data",
+    "float_net",
+    "ready",
+    "train",
+]
 
 if __name__ == "__main__":
     _one_rank(*sys.argv[1:])

@@ -13,6 +13,8 @@ from ..bench.quant import Quantizer, Scope, UniformQuantizer, round_ste
 from ..bench.site import Site
 from ..bench.spec import Frozen
 
+SMALLEST_SCALE = 1e-8
+
 
 class TanhWeight(Quantizer):
     """``w_q = m (2 round(n u) / n - 1)`` with ``u = tanh(w) / (2 max|tanh(w)|) + 1/2`` and ``n = 2^k - 1`` (Eq. 9).
@@ -27,7 +29,7 @@ class TanhWeight(Quantizer):
     def _unit(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """The position of each weight on the grid, 0 to n, and the scale m (scalar, detached)."""
         t = w.tanh()
-        largest = t.abs().max()
+        largest = t.abs().max().clamp(min=SMALLEST_SCALE)  # a weight may start at zero everywhere
         scale = largest.detach() if self.scale == "max" else torch.ones_like(largest)
         return (t / (2 * largest) + 0.5) * self.qmax, scale
 

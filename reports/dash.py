@@ -18,23 +18,31 @@ def gather(store: Store) -> list[str]:
     Raises:
         UserError: There is nothing to look at.
     """
-    found = sorted(path for pattern in ("*-run-*", "run-*") for path in store.root.glob(f"*/wandb/{pattern}") if path.is_dir())
+    found = sorted(
+        path for pattern in ("*-run-*", "run-*") for path in store.root.glob(f"*/wandb/{pattern}") if path.is_dir()
+    )
     found = [path for path in dict.fromkeys(found) if path.parent.parent != store.root]
     page = store.root / "report" / "index.html"
     if not found and not page.exists():
-        raise UserError(f"nothing to look at in store {store.root} yet; make some results with: qatbench quickstart --store {store.root}")
+        raise UserError(
+            f"nothing to look at in store {store.root} yet; make some results with: qatbench quickstart --store {store.root}"
+        )
     lines = []
     if found:
-        folder = store.root / "wandb"
+        folder, runs = store.root / "wandb", len({path.parents[1] for path in found})
         with writing(store.root):
             _link(folder, found)
         quoted = shlex.quote(str(folder))
         lines += [
-            f"{len(found)} runs tracked by W&B in {folder}",
+            f"{runs} run{'s' * (runs != 1)} tracked by W&B in {folder}",
             f"  look at them in this terminal, offline:  wandb leet {quoted}",
             f"  publish them to a W&B server:            wandb sync {quoted}/offline-run-*",
         ]
-    what = f"  {page.resolve().as_uri()}" if page.exists() else f"  make it with: qatbench report --store {shlex.quote(str(store.root))}"
+    what = (
+        f"  {page.resolve().as_uri()}"
+        if page.exists()
+        else f"  make it with: qatbench report --store {shlex.quote(str(store.root))}"
+    )
     return [*lines, "leaderboard page:", what]
 
 

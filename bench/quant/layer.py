@@ -23,7 +23,12 @@ class QuantLayer(nn.Module):
         act_quantizer: Quantizes the layer's input; None leaves it in float.
     """
 
-    def __init__(self, layer: nn.Module, weight_quantizer: Quantizer | None, act_quantizer: Quantizer | None) -> None:
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, layer: nn.Conv2d | nn.Linear, weight_quantizer: Quantizer | None, act_quantizer: Quantizer | None
+    ) -> None:
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
         self.weight_quantizer, self.act_quantizer = weight_quantizer, act_quantizer
@@ -43,6 +48,7 @@ class IntegerLayer(nn.Module):
     """
 
     codes: Tensor
+    decode: Decode
 
     def __init__(self, layer: QuantLayer) -> None:
         super().__init__()
@@ -120,7 +126,13 @@ def count_levels(net: nn.Module, x: Tensor) -> dict[str, tuple[int | None, int |
     levels: dict[str, tuple[int | None, int | None]] = {}
 
     def count(quantizer: Quantizer | None, value: Tensor) -> int | None:
-        return None if quantizer is None else quantizer.encode(value)[0].unique().numel()
+        if quantizer is None:
+            return None
+        codes = quantizer.encode(value)[0].flatten()
+        lowest = int(codes.min())
+        if int(codes.max()) - lowest < 2**16:
+            return int(codes.sub_(lowest).bincount().count_nonzero())  # a fifth of the memory of `unique`, which sorts
+        return codes.unique().numel()
 
     handles = []
     for name, layer in quant_layers(net):

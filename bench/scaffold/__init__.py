@@ -10,7 +10,6 @@ from pathlib import Path
 from string import Template
 
 from ..errors import UserError
-from ..store import writing
 
 _HERE = Path(__file__).parent
 
@@ -24,7 +23,9 @@ def write_method(name: str, folder: Path) -> tuple[Path, Path]:
     from ..registry import plugins
 
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
-        raise UserError(f"method name {name!r}: use lower-case letters, digits and _, starting with a letter, e.g. my_method")
+        raise UserError(
+            f"method name {name!r}: use lower-case letters, digits and _, starting with a letter, e.g. my_method"
+        )
     taken = {p.name: p.origin for p in plugins("methods")}
     if name in taken:
         raise UserError(f"a method named {name!r} exists already ({taken[name]}); choose another name")
@@ -33,10 +34,12 @@ def write_method(name: str, folder: Path) -> tuple[Path, Path]:
         if path.exists():
             raise UserError(f"{path} exists already; choose another name or move it")
     words = {"name": name, "cls": "".join(part.capitalize() for part in name.split("_")), "file": method.name}
-    with writing(folder):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, template in ((method, "method.py.tmpl"), (test, "test_method.py.tmpl")):
             path.write_text(Template((_HERE / template).read_text()).substitute(words))
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror}; choose another folder with --dir") from None
     return method, test
 
 
@@ -53,16 +56,32 @@ def check_file(file: Path) -> int:
         raise UserError("qatbench check needs pytest; pip install 'qatbench[dev]'")
     methods = [p for p in load_file(file) if p.kind == "methods"]
     if not methods:
-        raise UserError(f"plugin {file} defines no method; a method is a class with a `name` that extends qatbench.Method")
+        raise UserError(
+            f"plugin {file} defines no method; a method is a class with a `name` that extends qatbench.Method"
+        )
     import pytest
 
     lines = ["from qatbench.bench.testing import MethodContract", ""]
     for plugin in methods:
         wraps = issubclass(plugin.cls, Wrapper) and plugin.cls.default_inner is None
         chain = f"{plugin.name}+lsq" if wraps else plugin.name
-        lines += [f"class Test{plugin.cls.__name__}(MethodContract):", f"    method, plugin = {chain!r}, {str(file.resolve())!r}", ""]
+        lines += [
+            f"class Test{plugin.cls.__name__}(MethodContract):",
+            f"    method, plugin = {chain!r}, {str(file.resolve())!r}",
+            "",
+        ]
     with tempfile.TemporaryDirectory() as folder:
         test = Path(folder) / f"test_{file.stem}_contract.py"
         test.write_text("\n".join(lines))
         (Path(folder) / "pytest.ini").write_text("[pytest]\nmarkers = slow: takes more than ten seconds\n")
-        return int(pytest.main(["-q", "--rootdir", folder, "--import-mode=importlib", "-p", "no:cacheprovider", "-rs", str(test)]))
+        options = [
+            "-q",
+            "-rfEs",
+            "--disable-warnings",
+            "--import-mode=importlib",
+            "-p",
+            "no:cacheprovider",
+            "--rootdir",
+            folder,
+        ]
+        return int(pytest.main([*options, str(test)]))

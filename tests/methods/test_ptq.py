@@ -1,7 +1,48 @@
 from __future__ import annotations
 
-from qatbench.bench.testing import MethodContract
+import pytest
+import torch
+from qatbench.bench.quant import quant_layers
+from qatbench.bench.testing import MethodContract, all_train, float_net, logits, ready
 
 
 class TestPTQ(MethodContract):
     method = "ptq"
+
+
+def test_nothing_is_learned() -> None:
+    """Post-training quantization would have a parameter that training could move."""
+    method, _ = ready("ptq")
+    assert {n for n, _ in method.net.named_parameters()} == {n for n, _ in float_net().named_parameters()}
+
+
+@pytest.mark.parametrize("rule", ["minmax", "percentile"])
+def test_steps_come_from_the_probe(rule: str) -> None:
+    """A setting of the range would have no effect; or every layer would be rounded to a grid that does not fit it."""
+    params = {"range": rule, "weight_range": rule, "percentile": 95.0}
+    method, _ = ready("ptq", params={"ptq": params}, bits="w4a4", first_last="same")
+    layers = dict(quant_layers(method.net))
+    first = next(iter(layers.values()))
+    for quantizer, value in ((first.weight_quantizer, first.weight), (first.act_quantizer, method.probe.x)):
+        size = value.detach().abs().flatten()
+        edge = size.max() if rule == "minmax" else size.kthvalue(round(0.95 * size.numel())).values
+        assert quantizer.step.item() == pytest.approx(edge.item() / 7)
+    assert len(layers) == sum(s.kind == "layer" for s in method.sites)
+
+
+def test_more_bits_are_closer_to_float() -> None:
+    """A table would show ptq at 2 bits above ptq at 8: the bits would not reach the network."""
+    errors = []
+    for bits in (2, 4, 8):
+        method, data = ready("ptq", bits=f"w{bits}a{bits}", first_last="same")
+        batch = all_train(data)
+        float_logits = logits(method, float_net(), batch)
+        errors.append((logits(method, method.net, batch) - float_logits).pow(2).mean().item())
+    assert errors[0] > 4 * errors[1] > 16 * errors[2] > 0
+
+
+def test_float_weights_stay() -> None:
+    """Rounding would be written into the float weights, and a second calibration would start from them."""
+    method, _ = ready("ptq")
+    ours = method.net.state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in float_net().state_dict().items())

@@ -1,0 +1,414 @@
+"""One run, from spec to record: exact resume, one float network, selection, and what the record says."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from qatbench.bench import registry
+from qatbench.bench.data import DataModule
+from qatbench.bench.errors import UserError
+from qatbench.bench.models.resnet import ResNet8
+from qatbench.bench.resolve import resolve
+from qatbench.bench.runner import run
+from qatbench.bench.site import find_sites
+from qatbench.bench.spec import RunSpec
+from qatbench.bench.store import Store
+
+ROOT = Path(__file__).parents[2]
+SQUARES = ROOT / "tests" / "squares.py"
+TINY: dict[str, Any] = {"data": "squares", "epochs": 1, "float_epochs": 1, "batch": 32, "calibration": 32}
+
+METHODS = '''
+import os, signal
+import torch
+from qatbench import Method
+from qatbench.methods.lsq import LSQ
+
+
+class Fragile(LSQ):
+    """LSQ that notes every epoch that it begins, and dies in the middle of the third when it is told to."""
+
+    name = "fragile"
+
+    def epoch_start(self, run):
+        with open(os.environ["EPOCHS"], "a") as file:
+            print(run.scope.epoch, file=file)
+        self.updates = 0
+
+    def after_update(self, run):
+        self.updates += 1
+        if os.environ.get("DIE") and run.scope.epoch == 2 and self.updates == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Raises(LSQ):
+    name = "raises"
+
+    def losses(self, out, batch):
+        raise ValueError(f"the key is {os.environ['WANDB_API_KEY']}")
+
+
+class NaN(LSQ):
+    name = "nan"
+
+    def losses(self, out, batch):
+        return {"task": super().losses(out, batch)["task"] * float("nan")}
+
+
+class Fickle(Method):
+    """Right on the left in the first epoch only, right on the right in the last epoch only."""
+
+    name = "fickle"
+    changes_net = False
+    bits = (32,)
+
+    def __init__(self, params=None):
+        super().__init__(params)
+        self.register_buffer("when", torch.zeros((), dtype=torch.int64))
+
+    def epoch_start(self, run):
+        self.when.fill_(run.scope.epoch)
+
+    def predict(self, net, batch):
+        bright, known = batch.x.mean((1, 2, 3)), self.probe.x.mean((1, 2, 3))
+        middle = torch.stack([known[self.probe.domain == d].mean() for d in (0, 1)])[batch.domain]
+        truth = (bright > middle) ^ (batch.domain == 1)
+        good = torch.tensor([[True, False], [False, False], [False, True]])[self.when][batch.domain]
+        return torch.nn.functional.one_hot((truth == good).long(), 2).float()
+'''
+
+
+@pytest.fixture(autouse=True)
+def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    before = dict(registry._files)
+    file = tmp_path / "wild.py"
+    file.write_text(METHODS)
+    monkeypatch.setenv("EPOCHS", str(tmp_path / "epochs.txt"))
+    registry.load_file(SQUARES)
+    registry.load_file(file)
+    yield file
+    registry._files.clear()
+    registry._files.update(before)
+
+
+def go(store: Store, method: str, **settings: Any) -> dict[str, Any]:
+    resolved = resolve(RunSpec(method=method, **{**TINY, **settings}), data_root=None, cache=store.cache)
+    return run(resolved, store, wandb=False)
+
+
+def weights(store: Store, record: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return torch.load(store.path(record["run_id"]) / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def rows(store: Store, record: dict[str, Any]) -> list[dict[str, float]]:
+    with (store.path(record["run_id"]) / "metrics.csv").open() as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+# Resume
+
+
+def test_killed_run_equals_an_uninterrupted_one(tmp_path: Path, plugins: Path) -> None:
+    """Without it, a number depends on whether the machine was restarted; or a killed run starts all over."""
+    whole, killed = Store(tmp_path / "whole"), Store(tmp_path / "killed")
+    settings = ("epochs=4", "float_epochs=1", "batch=32", "calibration=32", "selection=best")
+    command = [sys.executable, "-m", "qatbench", "run", "--method", "fragile", "--data", "squares", "--no-wandb"]
+    command += [word for setting in settings for word in ("--set", setting)]
+    command += ["--plugin", str(SQUARES), "--plugin", str(plugins), "--store", str(killed.root)]
+    died = subprocess.run(command, env={**os.environ, "DIE": "yes"}, capture_output=True, check=False, timeout=120)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    assert killed.records() == []
+    epochs = tmp_path / "epochs.txt"
+    assert epochs.read_text().split() == ["0", "1", "2"]
+    epochs.unlink()
+    again = go(killed, "fragile", epochs=4, selection="best")
+    assert epochs.read_text().split() == ["2", "3"], "it did not go on where it was killed"
+    once = go(whole, "fragile", epochs=4, selection="best")
+    assert again["run_id"] == once["run_id"]
+    assert again["metrics"] == once["metrics"]
+    assert again["cost"] == once["cost"]
+    assert rows(killed, again) == rows(whole, once)
+    one, other = weights(whole, once), weights(killed, again)
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    """Without it, a checkpoint copied by hand gives one run the weights of another."""
+    store = Store(tmp_path / "runs")
+    one, other = go(store, "lsq"), go(store, "lsq", bits="w8a8")
+    folder = store.path(one["run_id"])
+    (folder / "result.json").unlink()
+    (folder / "last.ckpt").write_bytes((store.path(other["run_id"]) / "last.ckpt").read_bytes())
+    record = go(store, "lsq")
+    assert record["status"] == "failed"
+    assert "belongs to another run; delete it to start over" in record["reason"]
+
+
+# The float network
+
+
+def test_float_network_is_trained_once(tmp_path: Path) -> None:
+    """Without it, methods start from different weights, or each pays for the same training."""
+    store = Store(tmp_path / "runs")
+    records = [go(store, method) for method in ("fp32", "ptq", "lsq", "kd+lsq")]
+    (folder,) = (store.root / "float").iterdir()
+    changed = (folder / "net.pt").stat().st_mtime_ns
+    starts = {tuple(sorted((k, v) for k, v in r["metrics"].items() if k.startswith("float/"))) for r in records}
+    assert len(starts) == 1
+    assert {key for key, _ in starts.pop()} == {"float/test/acc", "float/test/acc/left", "float/test/acc/right"}
+    go(store, "lsq", epochs=2)  # another length of training after it: the same start
+    assert [p.name for p in (store.root / "float").iterdir()] == [folder.name]
+    assert (folder / "net.pt").stat().st_mtime_ns == changed
+    for other in ({"seed": 1}, {"protocol": "lodo:right"}, {"float_epochs": 2}):
+        go(store, "ptq", **other)
+    assert len(list((store.root / "float").iterdir())) == 4
+
+
+# Failure
+
+
+def test_failure_is_recorded_and_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it, a method that raises takes others with it, its reason is lost, or the user's key is in a file."""
+    key = "0123456789abcdef0123456789abcdef01234567"
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    store = Store(tmp_path / "runs")
+    record = go(store, "raises")
+    assert (record["status"], record["metrics"], record["cost"]) == ("failed", {}, {})
+    assert record["reason"] == "ValueError: the key is ***"
+    log = Path(record["provenance"]["log"])
+    assert log == store.log_path(record["run_id"])
+    text = log.read_text()
+    assert "Traceback (most recent call last)" in text
+    assert re.search(r'wild.py", line \d+, in losses', text)
+    assert record["provenance"]["code"]["raises"].startswith("1+")
+    assert store.records() == [record]
+    assert go(store, "lsq")["status"] == "done"
+    everything = b"".join(path.read_bytes() for path in store.root.rglob("*") if path.is_file())
+    assert key.encode() not in everything
+
+
+def test_divergence_is_a_failure_with_a_reason(tmp_path: Path) -> None:
+    """Without it, a run of NaNs is done, with the accuracy of guessing."""
+    record = go(Store(tmp_path / "runs"), "nan")
+    assert record["status"] == "failed"
+    assert record["reason"].startswith("diverged: ")
+
+
+def test_failed_run_may_succeed_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it, a run that failed for want of memory or disk can never be done."""
+    store = Store(tmp_path / "runs")
+    monkeypatch.setenv("EPOCHS", str(tmp_path))  # a directory: it cannot be written to
+    failed = go(store, "fragile")
+    assert failed["status"] == "failed"
+    assert failed["reason"].startswith("IsADirectoryError")
+    monkeypatch.setenv("EPOCHS", str(tmp_path / "epochs.txt"))
+    done = go(store, "fragile")
+    assert (done["status"], done["run_id"], done["reason"]) == ("done", failed["run_id"], None)
+    assert store.records() == [done]
+
+
+# Selection and the test split
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"), [("last", (0.0, 1.0)), ("best", (1.0, 0.0)), ("best_per_domain", (1.0, 1.0))]
+)
+def test_selection_rule(tmp_path: Path, rule: str, expected: tuple[float, float]) -> None:
+    """Without it, a table says "best on validation data" and shows another epoch."""
+    store = Store(tmp_path / "runs")
+    record = go(store, "fickle", epochs=3, selection=rule)
+    assert record["status"] == "done", record["reason"]
+    epochs = [(row["val/acc/left"], row["val/acc/right"]) for row in rows(store, record)]
+    assert epochs == [(1.0, 0.0), (0.0, 0.0), (0.0, 1.0)], "the method does not do what this test needs"
+    for split in ("test", "val"):
+        assert (record["metrics"][f"{split}/acc/left"], record["metrics"][f"{split}/acc/right"]) == expected, split
+        assert record["metrics"][f"{split}/acc"] == sum(expected) / 2, "not the unweighted mean over domains"
+    assert record["provenance"]["selection"] == rule
+
+
+def test_test_split_is_opened_once_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it, a method or a selection rule may see test images before the end."""
+    store = Store(tmp_path / "runs")
+    go(store, "ptq")  # the float network has a test of its own
+    opened: list[int] = []
+    real = DataModule.open_test
+
+    def watched(self: DataModule) -> Any:
+        opened.append(len(next(store.root.glob("*/metrics.csv")).read_text().splitlines()) - 1)
+        return real(self)
+
+    monkeypatch.setattr(DataModule, "open_test", watched)
+    go(store, "lsq", epochs=3, selection="best_per_domain")
+    assert opened == [3], "epochs that were finished when the test split was opened"
+
+
+def test_test_images_do_not_move_the_weights(tmp_path: Path) -> None:
+    """Without it, test images leak into training, normalisation or calibration."""
+    found = []
+    for name, change in (("one", "images[100:]"), ("two", "255 - images[100:]")):
+        del registry._files[SQUARES]
+        file = tmp_path / f"{name}.py"
+        text = SQUARES.read_text().replace(
+            "    return Domain(name, (noise + contrast * labels.view(-1, 1, 1, 1)).to(torch.uint8), labels)\n",
+            "    images = (noise + contrast * labels.view(-1, 1, 1, 1)).to(torch.uint8)\n"
+            f"    images[100:] = {change}\n"
+            "    return Domain(name, images, labels, test=torch.arange(100, 120))\n",
+        )
+        assert change in text
+        file.write_text(text.replace('return "1"', f'return "{name}"'))
+        registry.load_file(file)
+        store = Store(tmp_path / name)
+        record = go(store, "lsq", epochs=2)
+        found.append(
+            (weights(store, record), record["metrics"]["test/acc"], record["metrics"]["val/loss"], record["run_id"])
+        )
+        registry._files[SQUARES] = registry._files.pop(file)
+    one, two = found
+    assert one[3] != two[3], "other images, but the same run id"
+    assert one[1] > two[1]
+    assert one[2] == two[2]
+    assert [name for name in one[0] if not torch.equal(one[0][name], two[0][name])] == []
+
+
+def test_held_out_domain_is_tested_and_not_trained(tmp_path: Path) -> None:
+    """Without it, "unseen" domains have been seen."""
+    record = go(Store(tmp_path / "runs"), "lsq", protocol="lodo:right")
+    metrics = record["metrics"]
+    assert metrics["test/acc"] == metrics["test/acc/right"]
+    assert {"test/acc/left", "val/acc/left"} <= metrics.keys()
+    assert "val/acc/right" not in metrics
+
+
+# The record
+
+
+def plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(type(k) is str and plain(v) for k, v in value.items())
+    return all(map(plain, value)) if type(value) is list else type(value) in (str, int, float, bool, type(None))
+
+
+@pytest.mark.parametrize("method", ["lsq", "fp32", "ptq", "kd+lsq"])
+def test_record_is_whole(tmp_path: Path, method: str) -> None:
+    """Without it, a number cannot be traced to what made it, or a reader of records breaks."""
+    store = Store(tmp_path / "runs")
+    record = go(store, method, bits="w3a4")
+    assert set(record) == {
+        "schema",
+        "run_id",
+        "status",
+        "reason",
+        "spec",
+        "metrics",
+        "cost",
+        "time",
+        "provenance",
+        "wandb",
+    }
+    assert (record["schema"], record["status"], record["reason"]) == (1, "done", None)
+    assert plain(record)
+    assert json.loads((store.path(record["run_id"]) / "result.json").read_text()) == record
+    assert set(record["spec"]) == set(RunSpec.model_fields)
+    domains = ("left", "right")
+    for split in ("test", "val"):
+        wanted = {f"{split}/{m}{d}" for m in ("acc", "loss") for d in ("", *(f"/{d}" for d in domains))}
+        assert wanted <= record["metrics"].keys()
+    assert {
+        "avg_bits_weight",
+        "avg_bits_weight_inner",
+        "avg_bits_act",
+        "bops",
+        "size_bytes",
+        "levels_max",
+        "plan",
+    } <= record["cost"].keys()
+    assert {"train_s", "step_ms", "images_per_s", "peak_rss_mb", "started", "wall_s"} <= record["time"].keys()
+    provenance = record["provenance"]
+    wanted = {
+        "code",
+        "fidelity",
+        "data",
+        "split",
+        "git",
+        "dirty",
+        "versions",
+        "device",
+        "selection",
+        "generated",
+        "log",
+    }
+    assert wanted <= provenance.keys()
+    assert set(provenance["code"]) == {"harness", "squares", "resnet8", *method.split("+")}
+    assert set(provenance["fidelity"]) == set(method.split("+"))
+    assert {"python", "torch", "lightning", "qatbench"} <= set(provenance["versions"])
+    assert all(re.fullmatch(r"[0-9a-f]{64}", provenance[k]) for k in ("data", "split"))
+    assert record["wandb"] == {"id": record["run_id"], "mode": "disabled"}
+
+
+def test_commit_is_the_checkouts(tmp_path: Path) -> None:
+    """Without it, nobody knows which code made a number, or that it was changed by hand."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    provenance = go(Store(tmp_path / "runs"), "ptq")["provenance"]
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert provenance["git"] == head
+    changed = subprocess.run([*git, "diff", "HEAD", "--quiet"], check=False).returncode
+    assert re.fullmatch(r"[0-9a-f]{16}", provenance["dirty"]) if changed else provenance["dirty"] is None
+
+
+def test_bits_are_bits_and_cost_is_the_plans(tmp_path: Path) -> None:
+    """Without it, "2 bits" may be more, and the cost columns belong to another network."""
+    cost = go(Store(tmp_path / "runs"), "lsq", bits="w2a3")["cost"]
+    layers = {s.name: s for s in find_sites(ResNet8(1, 2), (1, 8, 8)) if s.kind == "layer"}
+    assert set(cost["plan"]) == set(cost["levels_max"]) == set(layers)
+    for name, (w, a) in cost["plan"].items():
+        assert [w, a] == ([8, 8] if layers[name].edge else [2, 3])
+        assert 1 < cost["levels_max"][name][0] <= 2**w
+        assert 1 < cost["levels_max"][name][1] <= 2**a
+    total = sum(s.weights for s in layers.values())
+    assert cost["avg_bits_weight"] == pytest.approx(
+        sum(s.weights * cost["plan"][n][0] for n, s in layers.items()) / total
+    )
+    assert cost["avg_bits_weight_inner"] == 2.0
+    assert cost["bops"] == pytest.approx(
+        sum(s.macs * cost["plan"][n][0] * cost["plan"][n][1] for n, s in layers.items())
+    )
+    parameters = sum(p.numel() for p in ResNet8(1, 2).parameters()) + 2 * len(
+        layers
+    )  # two steps a layer are stored, too
+    quantized = sum(s.weights * cost["plan"][n][0] for n, s in layers.items())
+    assert cost["size_bytes"] == pytest.approx((quantized + 32 * (parameters - total)) / 8)
+
+
+def test_done_record_is_never_written_again(tmp_path: Path) -> None:
+    """Without it, a finished result can be lost by running it again."""
+    store = Store(tmp_path / "runs")
+    record = go(store, "ptq")
+    path = store.path(record["run_id"]) / "result.json"
+    before = (path.read_bytes(), path.stat().st_mtime_ns)
+    assert go(store, "ptq") == record
+    with pytest.raises(UserError, match="never overwritten"):
+        store.write(record | {"status": "failed"})
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+
+
+def test_unknown_device_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """Without it, a typing error leaves half a run behind."""
+    store = Store(tmp_path / "runs")
+    resolved = resolve(RunSpec(method="ptq", **TINY), data_root=None, cache=store.cache)
+    with pytest.raises(UserError, match="use auto or cpu"):
+        run(resolved, store, device="cuda:99", wandb=False)
+    assert not store.path(resolved.run_id).exists()

@@ -1,0 +1,367 @@
+"""The commands as a user types them; most in this process, because importing torch takes seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SQUARES = Path(__file__).with_name("squares.py")
+TINY = (
+    "--plugin",
+    str(SQUARES),
+    "--data",
+    "squares",
+    "--set",
+    "epochs=1",
+    "--set",
+    "float_epochs=1",
+    "--set",
+    "batch=32",
+)
+HEAVY = ("torch", "lightning", "pandas", "numpy", "rich", "wandb", "yaml", "sklearn")
+VERBS = ("quickstart", "list", "run", "sweep", "status", "report", "dash", "check", "doctor", "new", "new method")
+
+
+def qatbench(*line: str | Path, **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "qatbench", *map(str, line)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+# Starting
+
+
+@pytest.mark.parametrize("line", [["--help"], ["run", "--help"], ["--version"], ["rnu"]], ids=" ".join)
+def test_help_imports_nothing_heavy(line) -> None:
+    """Without it, a person who looks an option up waits for torch."""
+    code = (
+        f"import sys; sys.argv = {['qatbench', *line]!r}\n"
+        "from qatbench.__main__ import main\n"
+        "try: main()\n"
+        f"finally: print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert ended.stderr.splitlines()[-1] == "[]", ended.stderr
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(cli, verb) -> None:
+    """Without it, a verb has no help, or its line in the list of commands is cut off."""
+    answer = cli(*verb.split(), "--help")
+    assert answer.status == 0
+    assert answer.out.startswith(f"Usage: qatbench {verb}")
+    assert "..." not in answer.out.replace("[ARGS]...", "")
+    (about,) = re.findall(rf"^  {verb.split()[0]} +(.*)$", cli("--help").out, re.MULTILINE)
+    assert about
+    assert not about.endswith("...")
+
+
+def test_version(cli) -> None:
+    """Without it, a bug report cannot say which version it is about."""
+    from qatbench import __version__
+
+    assert cli("--version").out == f"qatbench {__version__}\n"
+
+
+# list
+
+
+@pytest.mark.parametrize(
+    ("kind", "some"),
+    [
+        ("methods", {"fp32", "ptq", "lsq", "dorefa", "pact", "kd"}),
+        ("datasets", {"optdigits", "digits"}),
+        ("networks", {"resnet8", "resnet20", "resnet56", "resnet18"}),
+        ("suites", {"quickstart", "digits"}),
+    ],
+)
+def test_list_names_what_there_is(cli, kind, some) -> None:
+    """Without it, nobody finds the name to type; or a script cannot read it."""
+    rows = json.loads(cli("list", kind, "--json").out)
+    assert some <= {row["name"] for row in rows}
+    assert all(row["what"] and "\n" not in row["what"] for row in rows)
+    assert not [row for row in rows if row.get("error")]
+    shown = cli("list", kind)
+    assert shown.status == 0
+    assert all(re.search(rf"^{name}\b", shown.out, re.MULTILINE) for name in some)
+
+
+def test_list_shows_a_plugin(cli) -> None:
+    """Without it, an author cannot see whether the plugin is known."""
+    (row,) = (
+        r for r in json.loads(cli("list", "datasets", "--plugin", SQUARES, "--json").out) if r["name"] == "squares"
+    )
+    assert (row["origin"], row["error"]) == (str(SQUARES), None)
+
+
+def test_list_shows_what_is_unavailable_and_why(tmp_path) -> None:
+    """Without it, an installed package whose import fails vanishes without a word."""
+    (tmp_path / "broken_pack.py").write_text("raise RuntimeError('needs [gpu] library')\n")
+    info = tmp_path / "broken_pack-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-pack\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[qatbench.methods]\nbroken = broken_pack\n")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    shown = qatbench("list", "methods", env=env)
+    assert shown.returncode == 0, shown.stderr
+    assert "unavailable: RuntimeError: needs [gpu] library" in " ".join(shown.stdout.split())
+    asked = qatbench("run", "--method", "broken", "--store", tmp_path / "runs", env=env)
+    assert (asked.returncode, len(asked.stderr.splitlines())) == (2, 1)
+    assert "'broken' is unavailable: RuntimeError: needs [gpu] library" in asked.stderr
+    doctor = qatbench("doctor", "--store", tmp_path / "runs", env=env)
+    assert doctor.returncode == 1
+    assert "FAIL methods broken is unavailable" in doctor.stdout
+
+
+# run, report, status
+
+
+def test_run_trains_once(tiny, tmp_path) -> None:
+    """Without it, a run that is done is trained again, or its record changes."""
+    first = tiny("lsq")
+    assert first.status == 0, first.err
+    assert re.search(r"test accuracy \d+\.\d\d %  \(left \d+\.\d\d, right \d+\.\d\d\)", first.out)
+    (record,) = tmp_path.glob("runs/*/result.json")
+    assert f"record: {record}" in first.out
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    second = tiny("lsq")
+    assert f"done already: {record}" in second.out
+    assert second.out.splitlines()[:2] == first.out.splitlines()[:2]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_json_is_the_record(tiny, tmp_path) -> None:
+    """Without it, a script cannot read what a run gave."""
+    answer = tiny("ptq", "--json")
+    (record,) = tmp_path.glob("runs/*/result.json")
+    assert json.loads(answer.out) == json.loads(record.read_text())
+
+
+def test_settings_reach_the_spec(tiny) -> None:
+    """Without it, --set is read and then forgotten, or 1e-3 is a text."""
+    extra = ("kd.weight=0.25", "squares.domains=[left]", "lr=1e-3", "clip=1", "augment=none", "optimizer=adam")
+    spec = json.loads(tiny("kd+lsq", *(word for e in extra for word in ("--set", e)), "--json").out)["spec"]
+    assert spec["params"]["kd"]["weight"] == 0.25
+    assert spec["data_params"]["domains"] == ["left"]
+    assert (spec["lr"], spec["clip"], spec["augment"], spec["optimizer"]) == (1e-3, 1.0, "none", "adam")
+    assert (spec["protocol"], spec["method"]) == ("single:left", "kd+lsq")
+
+
+def test_failed_run_has_status_1_and_names_its_log(cli, tmp_path) -> None:
+    """Without it, a script takes a failed run for a good one, and a person cannot find out why."""
+    plugin = tmp_path / "broken.py"
+    plugin.write_text(
+        "from qatbench.methods.lsq import LSQ\n"
+        "class Broken(LSQ):\n    name = 'broken'\n    def step(self, run):\n        raise ValueError('no [luck] today')\n"
+    )
+    answer = cli("run", *TINY, "--plugin", plugin, "--method", "broken", "--no-wandb", "--store", tmp_path / "runs")
+    assert answer.status == 1
+    assert "failed: ValueError: no [luck] today" in answer.out
+    log = Path(answer.out.split("log: ")[1].strip())
+    assert "no [luck] today" in log.read_text()
+    assert str(plugin) in log.read_text()
+    assert "Traceback" not in answer.out + answer.err
+
+
+def test_report_from_the_store(cli, tiny, tmp_path) -> None:
+    """Without it, the leaderboard is not what is in the store, or a script cannot read it."""
+    store = tmp_path / "runs"
+    accuracy = {m: json.loads(tiny(m, "--json").out)["metrics"]["test/acc"] for m in ("fp32", "ptq")}
+    answer = cli("report", "--store", store, "--out", tmp_path / "page")
+    assert answer.status == 0, answer.err
+    for method, value in accuracy.items():
+        (row,) = (line for line in answer.out.splitlines() if re.match(rf" *{method} ", line))
+        assert f"{100 * value:.1f}" in row
+    assert f"leaderboard: {tmp_path / 'page' / 'index.html'}" in answer.out
+    assert {"index.html", "leaderboard.md", "leaderboard.csv", "runs.csv"} <= {
+        p.name for p in (tmp_path / "page").iterdir()
+    }
+    (table,) = json.loads(cli("report", "--store", store, "--json").out)
+    assert "squares" in json.dumps(table)
+    assert {"fp32", "ptq"} <= set(re.findall(r'"method": "(\w+)"', json.dumps(table)))
+
+
+def test_store_from_the_environment(cli, tmp_path, monkeypatch) -> None:
+    """Without it, QATBENCH_STORE and QATBENCH_DATA do nothing."""
+    monkeypatch.setenv("QATBENCH_STORE", str(tmp_path / "mine"))
+    assert str(tmp_path / "mine") in cli("report").err
+    monkeypatch.setenv("QATBENCH_DATA", str(tmp_path / "nowhere"))
+    assert str(tmp_path / "nowhere") in cli("run", "--method", "lsq").err
+
+
+# sweep and what W&B keeps of it
+
+SUITE = (
+    "name: ours\ndata: squares\nmethod: [fp32, ptq, lsq, kd+lsq]\nbits: [w4a4]\nepochs: 2\nfloat_epochs: 1\nbatch: 32\n"
+)
+
+
+@pytest.mark.slow
+def test_sweep_status_report_dash_and_wandb(cli, tmp_path, monkeypatch) -> None:
+    """Without it, a finished run has an empty or half-written W&B file, or one command does not see what another wrote."""
+    from qatbench.bench.store import Store
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    suite, store = tmp_path / "mine.yaml", tmp_path / "runs"
+    suite.write_text(SUITE)
+    launch = ("sweep", suite, "--plugin", SQUARES, "--store", store, "--workers", "1")
+    dry = cli(*launch, "--dry-run")
+    assert "4 runs: 4 to run" in dry.out
+    assert not list(store.glob("*/result.json"))
+    swept = cli(*launch)
+    assert swept.status == 0, swept.out + swept.err
+    assert f"leaderboard: qatbench report ours --store {store}" in swept.out
+    again = cli(*launch)
+    assert "4 runs: 4 done, nothing to run" in again.out
+    state = json.loads(cli("status", "ours", "--store", store, "--json").out)
+    assert [entry["state"] for entry in state["entries"]] == ["done"] * 4
+    assert "ours: 4 done" in cli("status", "ours", "--store", store).out
+    shown = cli("report", "ours", "--store", store)
+    assert shown.status == 0
+    assert all(method in shown.out for method in ("fp32", "ptq", "lsq", "kd+lsq"))
+    assert "4 runs tracked by W&B" in cli("dash", "--store", store).out
+    records = Store(store).records()
+    assert len(records) == 4
+    for record in records:
+        _check_wandb(record, store)
+
+
+def _check_wandb(record: dict, store: Path) -> None:
+    """The run's ``.wandb`` file holds its config, its epochs and its final metrics."""
+    assert record["wandb"] == {"id": record["run_id"], "mode": "offline"}
+    (file,) = store.glob(f"{record['run_id']}/wandb/offline-run-*/*.wandb")
+    found = _read_offline(file)
+    assert {k: v for k, v in found["config"].items() if k != "_wandb"} == record["spec"]
+    assert [row["epoch"] for row in found["history"]] == list(range(record["spec"]["epochs"]))
+    assert all("val/acc" in row and "val/acc/left" in row and "lr" in row for row in found["history"])
+    summary = {key: found["summary"][key] for key in record["metrics"]}
+    assert summary == pytest.approx(record["metrics"])
+    plan = json.loads((file.parent / "files" / found["summary"]["plan"]["path"]).read_text())
+    assert {row[0]: row[1:3] for row in plan["data"]} == record["cost"]["plan"]
+    about = (found["run"]["run_id"], found["run"]["run_group"], found["run"]["job_type"])
+    assert about == (record["run_id"], "ours", record["spec"]["method"])
+    assert found["exit"] == 0
+
+
+def _read_offline(file: Path) -> dict:
+    """What wandb's own reader finds in it."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.splitlines()
+    found: dict = {"config": {}, "history": [], "summary": {}, "exit": None}
+    for record in map(json.loads, lines):
+        if record["type"] == "run":
+            found["run"] = record["run"]
+            found["config"].update(record["run"]["config"]["update"])
+        elif record["type"] == "history":
+            found["history"].append(record["history"]["item"])
+        elif record["type"] == "summary":
+            found["summary"].update(record["summary"].get("update", {}))
+        elif record["type"] == "exit":
+            found["exit"] = record["exit"]["exit_code"]
+    return found
+
+
+def test_no_wandb_leaves_no_wandb(tiny, tmp_path) -> None:
+    """Without it, --no-wandb writes W&B files all the same, or loses metrics.csv with them."""
+    record = json.loads(tiny("lsq", "--json").out)
+    folder = tmp_path / "runs" / record["run_id"]
+    assert record["wandb"]["mode"] == "disabled"
+    assert not (folder / "wandb").exists()
+    assert (folder / "metrics.csv").read_text().startswith("epoch,")
+
+
+# doctor
+
+
+def test_doctor_finds_what_is_wrong(cli, tmp_path) -> None:
+    """Without it, a user with a broken set-up is told that all is well."""
+    good = cli("doctor", "--store", tmp_path)
+    assert good.status == 0, good.out
+    assert "FAIL" not in good.out
+    for word in ("Python", "torch", "wandb", "store", "W&B", "methods"):
+        assert re.search(rf"^ok   .*{word}", good.out, re.MULTILINE)
+    bad = cli("doctor", "--store", tmp_path, "--data-root", tmp_path / "nowhere")
+    assert bad.status == 1
+    assert re.search(r"^FAIL data root .*nowhere is not a folder", bad.out, re.MULTILINE)
+    (tmp_path / "file").touch()
+    bad = cli("doctor", "--store", tmp_path / "file")
+    assert bad.status == 1
+    assert re.search(r"^FAIL store .*file is a file", bad.out, re.MULTILINE)
+
+
+# The terminal
+
+
+def typed(line: list[str | Path], columns: int = 80, seconds: float = 90, until: bytes = b"", **env: str):
+    """A command in a terminal of its own; Ctrl-C once it has shown `until`. Exit status and what the screen was sent."""
+    master, slave = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), **env}
+    environment.pop("NO_COLOR", None) if "NO_COLOR" not in env else None
+    command = [sys.executable, "-m", "qatbench", *map(str, line)]
+    process = subprocess.Popen(
+        command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env=environment
+    )
+    os.close(slave)
+    screen, end, stopped = b"", time.monotonic() + seconds, not until
+    try:
+        while time.monotonic() < end:
+            if select.select([master], [], [], 0.1)[0]:
+                try:
+                    screen += os.read(master, 65536)
+                except OSError:  # the other end is closed
+                    break
+            elif process.poll() is not None:
+                break
+            if not stopped and until in screen:
+                os.killpg(process.pid, signal.SIGINT)
+                stopped = True
+        return process.wait(20), screen.decode()
+    finally:
+        process.kill()
+        os.close(master)
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path) -> None:
+    """Without it, Ctrl-C is a traceback, or the status of a failure, and the user does not know what is lost."""
+    line = ["run", "--method", "fp32", *TINY, "--set", "float_epochs=2000", "--no-wandb", "--store", tmp_path / "runs"]
+    status, screen = typed(line, until=b"float 5/2000")
+    assert status == 130, screen[-500:]
+    assert "Traceback" not in screen
+    assert screen.endswith("\x1b[2Kqatbench: interrupted; the same command goes on from the last finished epoch\r\n")
+    assert list(tmp_path.glob("runs/float/*/last.ckpt"))
+    assert not list(tmp_path.glob("runs/*/result.json"))
+
+
+@pytest.mark.parametrize("columns", [40, 200])
+def test_narrow_and_wide_terminals(cli, tiny, tmp_path, monkeypatch, columns) -> None:
+    """Without it, a table is cut off or breaks its lines; or colours come where the user asked for none."""
+    tiny("ptq")
+    for line in (["list", "methods"], ["report", "--store", tmp_path / "runs"]):
+        status, screen = typed(line, columns=columns, NO_COLOR="1")
+        assert status == 0, screen
+        assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", screen), "a colour"
+        plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen)
+        table = [text for text in plain.splitlines() if not text.startswith("leaderboard:")]
+        assert max(map(len, table)) <= columns
+        assert "ptq" in screen
+
+
+@pytest.mark.parametrize("line", [["list", "methods", "--json"], ["--help"]], ids=" ".join)
+def test_reader_that_goes_away(line) -> None:
+    """Without it, `qatbench list ... | head` ends in a traceback."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as gone:
+        command = [sys.executable, "-m", "qatbench", *line]
+        ended = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
