@@ -227,7 +227,7 @@ class Method(L.LightningModule):
         raise NotImplementedError(f"{self.name} has no activation quantizer")
 
     def replace(self, site: Site, module: nn.Module, scope: Scope) -> nn.Module:
-        """What stands at a norm, joint or head, before quantizers are placed. Called on every method of a chain, the inner first."""
+        """What stands at a norm, joint or head, before quantizers are placed. Called on all of a chain, the inner first."""
         return module
 
     def taps(self, sites: Sequence[Site]) -> Sequence[str]:

@@ -107,7 +107,8 @@ def load_file(path: str | Path) -> list[Plugin]:
         known = {p.name: p for p in plugins(plugin.kind)}
         if plugin.name in known:
             raise UserError(
-                f"plugin {path}: a {_WORD[plugin.kind]} named {plugin.name!r} exists already ({known[plugin.name].origin}); rename it"
+                f"plugin {path}: a {_WORD[plugin.kind]} named {plugin.name!r} exists already "
+                f"({known[plugin.name].origin}); rename it"
             )
     _files[file] = found
     return found

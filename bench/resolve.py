@@ -35,7 +35,7 @@ class Resolved:
         spec: In normal form, every default written out: runs that mean the same have the same.
         run_id: Hash of the spec, the versions of method, data set, network and harness, and the data.
         float_id: Hash of what determines the float network that the run starts from.
-        code: Name -> version; a plugin from a file has the hash of its file as well.
+        code: Kind and name -> version; a plugin from a file has the hash of its file as well.
         data_hash: SHA-256 of images, labels and official splits.
         skip: Why the method cannot be run on this task, or None.
     """
@@ -80,8 +80,11 @@ def resolve(spec: RunSpec, *, data_root: Path | None, cache: Path) -> Resolved:
     update |= {"bits": _bits(method, name, spec), "augment": augment}
     update |= _without_effect(method, name)
     normal = spec.model_copy(update=update)
-    code = {"harness": str(HARNESS), **{c.name: _version("methods", c.name) for c in chain}}
-    ground = {spec.data: _version("datasets", spec.data), spec.network: _version("networks", spec.network)}
+    code = {"harness": str(HARNESS), **{f"method {c.name}": _version("methods", c.name) for c in chain}}
+    ground = {
+        f"data set {spec.data}": _version("datasets", spec.data),
+        f"network {spec.network}": _version("networks", spec.network),
+    }
     code |= ground
     values = normal.model_dump(mode="json")
     float_values = {k: values[k] for k in FLOAT_KEYS}

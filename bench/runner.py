@@ -1,4 +1,4 @@
-"""One run: from a resolved spec to a record in the store. Anything may be killed at any instant; a rerun goes on from the last epoch."""
+"""One run: from a resolved spec to a record in the store. It may be killed at any instant; a rerun goes on from the last epoch."""
 
 from __future__ import annotations
 
@@ -113,9 +113,10 @@ def _attempt(
     """The record of one attempt, however it ended."""
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     spec = resolved.spec
-    record = {
-        "schema": SCHEMA, "run_id": resolved.run_id, "status": "skipped", "reason": resolved.skip, "spec": spec.model_dump(mode="json"),
-        "metrics": {}, "cost": {}, "time": {"started": started.isoformat(timespec="seconds")}, "provenance": {}, "wandb": None,
+    record: dict[str, Any] = {
+        "schema": SCHEMA, "run_id": resolved.run_id, "status": "skipped", "reason": resolved.skip,
+        "spec": spec.model_dump(mode="json"), "metrics": {}, "cost": {},
+        "time": {"started": started.isoformat(timespec="seconds")}, "provenance": {}, "wandb": None,
     }  # fmt: skip
     if resolved.skip is not None:
         return record

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import re
+import reprlib
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
@@ -149,7 +150,16 @@ def parse_bits(text: str) -> tuple[int, int]:
 
 def canonical_json(value: Any) -> str:
     """One text for one value, whatever the order of its keys. Raises ValueError for NaN and infinity."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, default=_plain)
+    return json.dumps(_one_zero(value), sort_keys=True, separators=(",", ":"), allow_nan=False, default=_plain)
+
+
+def _one_zero(value: Any) -> Any:
+    """The value with every -0.0 as 0.0: they are one number and two texts."""
+    if isinstance(value, dict):
+        return {key: _one_zero(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_one_zero(item) for item in value]
+    return value + 0.0 if isinstance(value, float) else value
 
 
 def _plain(value: Any) -> Any:
@@ -159,7 +169,7 @@ def _plain(value: Any) -> Any:
 
 
 def content_hash(value: Any) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of the canonical JSON: 64 bits, one chance in 10^9 of a clash among 190,000 runs."""
+    """16 hexadecimal digits of the SHA-256 of the canonical JSON: 64 bits, a clash in 10^9 among 190,000 runs."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
 
 
@@ -191,8 +201,7 @@ def _first(error: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "missing":
         return f"key {key!r} is missing"
     message = first["msg"].removeprefix("Value error, ")
-    value = repr(first["input"])
-    shown = value if len(value) <= 60 else value[:57] + "..."
+    shown = reprlib.repr(first["input"])  # bounded: a YAML file of aliases can hold more than any memory
     if first["type"] == "value_error" and shown in message:  # a validator's own words
         return message
     return f"{key}={shown}: {message[0].lower()}{message[1:]}"

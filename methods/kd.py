@@ -28,7 +28,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> T
 class KD(Wrapper):
     """Knowledge distillation (Hinton et al. 2015, arXiv 1503.02531) around any method that trains.
 
-    The inner method's losses are multiplied by ``1 - weight`` and the distillation loss by ``weight``: at 0 this is the inner method.
+    The inner method's losses are multiplied by ``1 - weight``, the distillation loss by ``weight``: at 0 this is the inner method.
     """
 
     name = "kd"

@@ -44,7 +44,9 @@ class LearnedStepRound(torch.autograd.Function):
 
 def _inside(grad: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """``grad`` where ``low < x < high``, else 0."""
-    if x.device.type == "cpu":  # one pass over memory instead of four; elsewhere reading the bounds would wait for the device
+    if (
+        x.device.type == "cpu"
+    ):  # one pass over memory instead of four; elsewhere reading the bounds would wait for the device
         return torch.ops.aten.hardtanh_backward(grad, x, float(low), float(high))
     return grad * ((x > low) & (x < high))
 

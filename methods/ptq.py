@@ -13,7 +13,7 @@ from ..bench.spec import Frozen
 
 
 class PTQ(Method):
-    """Round-to-nearest post-training quantization (Krishnamoorthi 2018, arXiv 1806.08342, sec. 3), per tensor, symmetric, no zero point.
+    """Round-to-nearest post-training quantization (Krishnamoorthi 2018, arXiv 1806.08342, sec. 3), per tensor and symmetric.
 
     Weights use the range rule without a percentile unless asked: their tails carry accuracy at 8 bits, and at 2 bits nothing helps.
     """

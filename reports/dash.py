@@ -49,6 +49,9 @@ def gather(store: Store) -> list[str]:
 def _link(folder: Path, runs: list[Path]) -> None:
     folder.mkdir(exist_ok=True)
     wanted = {run.name: os.path.relpath(run, folder) for run in runs}
+    wanted["latest-run"] = os.path.relpath(
+        max(runs, key=lambda run: run.stat().st_mtime), folder
+    )  # what W&B's viewer opens
     for link in folder.iterdir():
         if link.is_symlink() and (link.name not in wanted or os.readlink(link) != wanted[link.name]):
             link.unlink()

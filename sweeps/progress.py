@@ -253,7 +253,7 @@ def plan_table(entries: Sequence[Entry], retry_failed: bool) -> Table:
         row, why = defaultdict(list), defaultdict(set)
         for seed, e in runs:
             column = _column(e, retry_failed)
-            row[column].append(f"{seed} (running)" if e.state == "running" else seed)
+            row[column].append(f"s{seed} (running)" if e.state == "running" else f"s{seed}")
             if e.reason and column in ("failed", "skipped"):
                 why[column].add(e.reason)
         told = {c: ", ".join(row[c]) + (f": {'; '.join(sorted(why[c]))}" if why[c] else "") for c in columns[1:]}

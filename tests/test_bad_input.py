@@ -335,6 +335,7 @@ def test_store_that_is_a_file_is_refused(cli, tiny, tmp_path) -> None:
         refused(cli(verb, "--store", tmp_path / "runs"), "is a file", "--store")
 
 
+@pytest.mark.slow
 @needs_linux
 def test_read_only_store_is_named(tiny, tmp_path) -> None:
     """Without it, hours of training end in a traceback when they are to be written; or the report of a colleague's store fails."""

@@ -1,0 +1,1 @@
+"""Networks that name their sites, found by the registry by the `name` of the class."""

@@ -37,8 +37,9 @@ class Scope:
 class Quantizer(nn.Module):
     """Maps a tensor onto at most ``2**bits`` codes, with a useful gradient.
 
-    State lives in buffers and parameters whose shapes are known when the quantizer is built, so that a checkpoint loads. A quantizer
-    with a uniform grid has its spacing as ``step`` (parameter, buffer or property, broadcastable to the input); see `step_of`.
+    State lives in buffers and parameters whose shapes are known when the quantizer is built, so that a checkpoint loads.
+    A quantizer with a uniform grid has its spacing as ``step`` (parameter, buffer or property, broadcastable to the input);
+    see `step_of`.
 
     Args:
         bits: Width of a code, 1 to 8.

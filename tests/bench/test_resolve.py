@@ -68,7 +68,7 @@ def test_normal_form_is_whole(find_run: FindRun) -> None:
     assert found.spec.augment == "shift"
     assert found.spec.data_params == {"domains": ["a", "b"], "limit": None, "shade": 1.0}
     assert found.skip is None
-    assert set(found.code) == {"harness", "kd", "lsq", "tiny", "resnet8"}
+    assert set(found.code) == {"harness", "method kd", "method lsq", "data set tiny", "network resnet8"}
     assert len(found.run_id) == len(found.float_id) == 16
 
 
@@ -131,7 +131,7 @@ def test_a_members_version_moves_the_id(cls: type, find_run: FindRun, monkeypatc
     after = find_run("kd+lsq")
     assert after.run_id != before.run_id
     assert after.float_id == before.float_id
-    assert after.code[cls.name] == str(cls.version)
+    assert after.code[f"method {cls.name}"] == str(cls.version)
     assert find_run("pact") == other
 
 
@@ -217,7 +217,7 @@ def test_a_default_inner_method_is_left_out(plug: Plug, find_run: FindRun) -> No
     plug(WRAP)
     assert find_run("wrap") == find_run("wrap+lsq")
     assert find_run("wrap").spec.method == "wrap"
-    assert find_run("wrap").code.keys() >= {"wrap", "lsq"}
+    assert find_run("wrap").code.keys() >= {"method wrap", "method lsq"}
     assert find_run("wrap").run_id != find_run("wrap+pact").run_id
 
 
@@ -288,4 +288,4 @@ def test_a_method_sees_the_training_splits_task(plug: Plug, find_run: FindRun) -
 def test_alpha_is_in_the_id_of_pact_only(find_run: FindRun) -> None:
     """A hyper-parameter could be swept without any effect on the id."""
     assert find_run("pact", params={"pact": {"alpha": 4}}).run_id != find_run("pact").run_id
-    assert PACT.name in find_run("pact").code
+    assert f"method {PACT.name}" in find_run("pact").code

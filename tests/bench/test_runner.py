@@ -192,7 +192,7 @@ def test_failure_is_recorded_and_others_go_on(tmp_path: Path, monkeypatch: pytes
     text = log.read_text()
     assert "Traceback (most recent call last)" in text
     assert re.search(r'wild.py", line \d+, in losses', text)
-    assert record["provenance"]["code"]["raises"].startswith("1+")
+    assert record["provenance"]["code"]["method raises"].startswith("1+")
     assert store.records() == [record]
     assert go(store, "lsq")["status"] == "done"
     everything = b"".join(path.read_bytes() for path in store.root.rglob("*") if path.is_file())
@@ -350,7 +350,8 @@ def test_record_is_whole(tmp_path: Path, method: str) -> None:
         "log",
     }
     assert wanted <= provenance.keys()
-    assert set(provenance["code"]) == {"harness", "squares", "resnet8", *method.split("+")}
+    ground = {"harness", "data set squares", "network resnet8"}
+    assert set(provenance["code"]) == ground | {f"method {m}" for m in method.split("+")}
     assert set(provenance["fidelity"]) == set(method.split("+"))
     assert {"python", "torch", "lightning", "qatbench"} <= set(provenance["versions"])
     assert all(re.fullmatch(r"[0-9a-f]{64}", provenance[k]) for k in ("data", "split"))

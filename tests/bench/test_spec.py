@@ -270,3 +270,8 @@ def test_seeds_are_the_same_everywhere_and_differ_by_what_they_name() -> None:
     ]
     assert len({seed_for(*draw) for draw in draws}) == len(draws)
     assert all(0 <= seed_for("x", k) < 2**63 for k in range(100))
+
+
+def test_minus_zero_is_zero() -> None:
+    """`weight_decay: -0.0` would be trained again as another run."""
+    assert canonical_json({"a": -0.0, "b": [-0.0], "c": "x:-0.0,"}) == '{"a":0.0,"b":[0.0],"c":"x:-0.0,"}'

@@ -214,8 +214,8 @@ def augmentation() -> list[Figure]:
         rates = []
         for epoch in range(6):
             data.epoch = epoch
-            count = data.steps * data.share
-            rates.append(count / seconds(lambda: sum(len(b) for b in data.train_dataloader()), time.process_time))
+            batches = data.train_dataloader()
+            rates.append(data.steps * data.share / seconds(lambda it=batches: sum(map(len, it)), time.process_time))
         figures.append(
             Figure(f"loading and augmenting, {name}, 32x32, one thread", rates[1:], "images/s", 150_000, at_most=False)
         )

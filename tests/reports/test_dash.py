@@ -34,7 +34,8 @@ def test_links_lead_to_every_run(tmp_path: Path) -> None:
     folders = [track(store, "a" * 16, "offline-run-1-a"), track(store, "b" * 16, "run-2-b")]
     lines = gather(store)
     links = tmp_path / "my runs" / "wandb"
-    assert {p.name: p.resolve() for p in links.iterdir()} == {f.name: f.resolve() for f in folders}
+    newest = {"latest-run": folders[1].resolve()}  # what the viewer opens first
+    assert {p.name: p.resolve() for p in links.iterdir()} == newest | {f.name: f.resolve() for f in folders}
     assert lines[0] == f"2 runs tracked by W&B in {links}"
     command = shlex.split(lines[1].split(":  ")[1])
     assert command == ["wandb", "leet", str(links)]
@@ -60,7 +61,7 @@ def test_stale_links_go_and_files_stay(tmp_path: Path) -> None:
     (tmp_path / "wandb" / "notes.txt").write_text("mine")
     gone.rename(tmp_path / "elsewhere")
     gather(store)
-    assert {p.name for p in (tmp_path / "wandb").iterdir()} == {kept.name, "notes.txt"}
+    assert {p.name for p in (tmp_path / "wandb").iterdir()} == {kept.name, "latest-run", "notes.txt"}
 
 
 def test_page_is_named_or_the_way_to_it(tmp_path: Path) -> None:

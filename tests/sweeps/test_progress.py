@@ -115,11 +115,11 @@ def test_plan_table():
         Entry("3", "lsq w4a4 s2", "running"),
         Entry("4", "gab w4a4 s0", "skipped", "needs two domains"),
     ]
-    for retry, line in ((False, "lsq w4a4 2 (running) 0 1: diverged"), (True, "lsq w4a4 1, 2 (running) 0")):
+    for retry, line in ((False, "lsq w4a4 s2 (running) s0 s1: diverged"), (True, "lsq w4a4 s1, s2 (running) s0")):
         out = console(terminal=False)
         out.print(plan_table(entries, retry_failed=retry))
         lines = [" ".join(text.split()) for text in out.file.getvalue().splitlines()]
-        assert lines == ["cell to run done failed skipped", line, "gab w4a4 0: needs two domains"]
+        assert lines == ["cell to run done failed skipped", line, "gab w4a4 s0: needs two domains"]
 
 
 def test_status_of_a_suite_from_the_store_alone(tmp_path):
