@@ -1,7 +1,7 @@
 """The plugin contract: what a method is, what it is handed, and the training loop that belongs to the harness.
 
 A method is one class in one file. It overrides what differs from plain quantization-aware training and nothing else; the harness
-owns the loop and hands out the pass (`Run.backward`, `Run.update`). See CONTRIBUTING.md for a worked example.
+owns the loop and hands out the pass (`Run.backward`, `Run.update`). See README.md for a worked example.
 """
 
 from __future__ import annotations

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from qatbench.bench.assemble import assemble
 from qatbench.bench.data import DataModule
 from qatbench.bench.errors import RunFailed
-from qatbench.bench.fit import LAST
+from qatbench.bench.fit import LAST, read_checkpoint
 from qatbench.bench.method import EMA_DECAY, Method, Run, Wrapper, _not_tracking, schedule
 from qatbench.bench.quant import QuantLayer
 from qatbench.bench.testing import Loop, MethodContract, contract_data, float_net, ready, same, state, train
@@ -611,3 +612,15 @@ def test_the_same_run_twice_in_one_process(tmp_path: Path) -> None:
     assert same(*states) == []
     assert same({k: v for k, v in float_net().state_dict().items()}, float_net(0).state_dict()) == []
     assert isinstance(Run(method).probe.x, Tensor)
+
+
+def test_killed_between_the_last_checkpoint_and_the_record(tmp_path: Path) -> None:
+    """A run that was killed after its last epoch would end with untrained weights, or train its epochs again."""
+    whole, data = ready("lsq", epochs=2)
+    train(whole, data, tmp_path)
+    saved = read_checkpoint(tmp_path / LAST)
+    assert saved is not None
+    again, data = ready("lsq", epochs=2)
+    again = assemble(again.spec, float_net(), data.task, data.probe(48), saved["qatbench"]["plan"])
+    train(again, data, tmp_path)
+    assert same(state(whole), state(again)) == []
