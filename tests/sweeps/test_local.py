@@ -203,7 +203,7 @@ def test_dry_run_prints_the_plan_and_runs_nothing(tmp_path):
     store = Store(tmp_path)
     result, text = launch(suite("fp32", "ptq", bits=["w4a4", "w2a2"], seed=[0, 1]), store, dry_run=True, workers=3)
     assert (result.left, result.exit_status) == (6, 0)
-    assert re.search(r"^ptq w2a2 +0, 1 *$", text, re.MULTILINE)
+    assert re.search(r"^ptq w2a2 +s0, s1 *$", text, re.MULTILINE)
     assert "tiny: 6 runs: 6 to run, 2 float networks to train, 3 workers" in text
     assert store.records() == []
     assert store.suites() == []
