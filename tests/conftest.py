@@ -10,20 +10,7 @@ from pathlib import Path
 
 import pytest
 from qatbench.bench import registry
-
-SQUARES = Path(__file__).with_name("squares.py")
-TINY = (
-    "--plugin",
-    str(SQUARES),
-    "--data",
-    "squares",
-    "--set",
-    "epochs=1",
-    "--set",
-    "float_epochs=1",
-    "--set",
-    "batch=32",
-)
+from support import TINY
 
 
 @dataclass(frozen=True)

@@ -16,20 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-SQUARES = Path(__file__).with_name("squares.py")
-TINY = (
-    "--plugin",
-    str(SQUARES),
-    "--data",
-    "squares",
-    "--set",
-    "epochs=1",
-    "--set",
-    "float_epochs=1",
-    "--set",
-    "batch=32",
-)
+from support import TINY
 
 
 def refused(answer, *fragments: str) -> str:

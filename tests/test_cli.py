@@ -14,20 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
+from support import SQUARES, TINY, read_offline
 
-SQUARES = Path(__file__).with_name("squares.py")
-TINY = (
-    "--plugin",
-    str(SQUARES),
-    "--data",
-    "squares",
-    "--set",
-    "epochs=1",
-    "--set",
-    "float_epochs=1",
-    "--set",
-    "batch=32",
-)
 HEAVY = ("torch", "lightning", "pandas", "numpy", "rich", "wandb", "yaml", "sklearn")
 VERBS = ("quickstart", "list", "run", "sweep", "status", "report", "dash", "check", "doctor", "new", "new method")
 
@@ -241,7 +229,7 @@ def _check_wandb(record: dict, store: Path) -> None:
     """The run's ``.wandb`` file holds its config, its epochs and its final metrics."""
     assert record["wandb"] == {"id": record["run_id"], "mode": "offline"}
     (file,) = store.glob(f"{record['run_id']}/wandb/offline-run-*/*.wandb")
-    found = _read_offline(file)
+    found = read_offline(file)
     assert {k: v for k, v in found["config"].items() if k != "_wandb"} == record["spec"]
     assert [row["epoch"] for row in found["history"]] == list(range(record["spec"]["epochs"]))
     assert all("val/acc" in row and "val/acc/left" in row and "lr" in row for row in found["history"])
@@ -251,25 +239,7 @@ def _check_wandb(record: dict, store: Path) -> None:
     assert {row[0]: row[1:3] for row in plan["data"]} == record["cost"]["plan"]
     about = (found["run"]["run_id"], found["run"]["run_group"], found["run"]["job_type"])
     assert about == (record["run_id"], "ours", record["spec"]["method"])
-    assert found["exit"] == 0
-
-
-def _read_offline(file: Path) -> dict:
-    """What wandb's own reader finds in it."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.splitlines()
-    found: dict = {"config": {}, "history": [], "summary": {}, "exit": None}
-    for record in map(json.loads, lines):
-        if record["type"] == "run":
-            found["run"] = record["run"]
-            found["config"].update(record["run"]["config"]["update"])
-        elif record["type"] == "history":
-            found["history"].append(record["history"]["item"])
-        elif record["type"] == "summary":
-            found["summary"].update(record["summary"].get("update", {}))
-        elif record["type"] == "exit":
-            found["exit"] = record["exit"]["exit_code"]
-    return found
+    assert found["exit"]["exit_code"] == 0
 
 
 def test_no_wandb_leaves_no_wandb(tiny, tmp_path) -> None:

@@ -10,20 +10,6 @@ from pathlib import Path
 
 import pytest
 
-SQUARES = Path(__file__).with_name("squares.py")
-TINY = (
-    "--plugin",
-    str(SQUARES),
-    "--data",
-    "squares",
-    "--set",
-    "epochs=1",
-    "--set",
-    "float_epochs=1",
-    "--set",
-    "batch=32",
-)
-
 
 def python(*line: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *map(str, line)]

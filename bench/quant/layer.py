@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -92,21 +93,13 @@ def quant_layers(net: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
 
 
 @torch.no_grad()
-def calibrate(net: nn.Module, x: Tensor) -> None:
-    """Fit every quantizer of the network in one forward pass over ``x`` (float [B, C, H, W]).
+def _visit(net: nn.Module, x: Tensor, look: Callable[[str, QuantLayer, Tensor], None]) -> None:
+    """One pass over ``x`` in eval mode; ``look(name, layer, input)`` is called before each quantized layer runs."""
 
-    An activation quantizer is fitted when the pass reaches it, so it sees the input that the quantized layers before it make.
-    Running statistics do not move.
-    """
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda layer, inputs: look(name, cast(QuantLayer, layer), inputs[0])
 
-    def fit(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, QuantLayer)
-        if layer.weight_quantizer is not None:
-            layer.weight_quantizer.fit(layer.weight)
-        if layer.act_quantizer is not None:
-            layer.act_quantizer.fit(inputs[0])
-
-    handles = [layer.register_forward_pre_hook(fit) for _, layer in quant_layers(net)]
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in quant_layers(net)]
     training = net.training
     try:
         net.eval()
@@ -117,7 +110,22 @@ def calibrate(net: nn.Module, x: Tensor) -> None:
             handle.remove()
 
 
-@torch.no_grad()
+def calibrate(net: nn.Module, x: Tensor) -> None:
+    """Fit every quantizer of the network in one forward pass over ``x`` (float [B, C, H, W]).
+
+    An activation quantizer is fitted when the pass reaches it, so it sees the input that the quantized layers before it make.
+    Running statistics do not move.
+    """
+
+    def fit(name: str, layer: QuantLayer, value: Tensor) -> None:
+        if layer.weight_quantizer is not None:
+            layer.weight_quantizer.fit(layer.weight)
+        if layer.act_quantizer is not None:
+            layer.act_quantizer.fit(value)
+
+    _visit(net, x, fit)
+
+
 def count_levels(net: nn.Module, x: Tensor) -> dict[str, tuple[int | None, int | None]]:
     """How many distinct codes each layer's weight and input take on ``x`` (float [B, C, H, W]); None where it is float.
 
@@ -129,27 +137,15 @@ def count_levels(net: nn.Module, x: Tensor) -> dict[str, tuple[int | None, int |
         if quantizer is None:
             return None
         codes = quantizer.encode(value)[0].flatten()
-        lowest = int(codes.min())
-        if int(codes.max()) - lowest < 2**16:
-            return int(codes.sub_(lowest).bincount().count_nonzero())  # a fifth of the memory of `unique`, which sorts
+        lowest, highest = int(codes.min()), int(codes.max())
+        if highest - lowest < 2**16:  # a fifth of the memory of `unique`, which sorts
+            return int((codes - lowest).bincount().count_nonzero())
         return codes.unique().numel()
 
-    handles = []
-    for name, layer in quant_layers(net):
+    def look(name: str, layer: QuantLayer, value: Tensor) -> None:
+        levels[name] = (count(layer.weight_quantizer, layer.weight), count(layer.act_quantizer, value))
 
-        def look(layer: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
-            assert isinstance(layer, QuantLayer)
-            levels[name] = (count(layer.weight_quantizer, layer.weight), count(layer.act_quantizer, inputs[0]))
-
-        handles.append(layer.register_forward_pre_hook(look))
-    training = net.training
-    try:
-        net.eval()
-        net(x)
-    finally:
-        net.train(training)
-        for handle in handles:
-            handle.remove()
+    _visit(net, x, look)
     return levels
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from qatbench.bench.tracking import Tracker, scrub, write_history
+from support import read_offline
 
 RUN = "0123456789abcdef"
 CONFIG = {"method": "lsq", "bits": "w4a4", "params": {"lsq": {"grad_scale": 0.5}}, "seed": 0, "protocol": None}
@@ -42,23 +43,6 @@ def fresh_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 def wandb_cli(*arguments: str | Path) -> str:
     command = [sys.executable, "-m", "wandb", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-
-
-def read_offline(file: Path) -> dict[str, Any]:
-    """What wandb's own reader finds in a ``.wandb`` file."""
-    found: dict[str, Any] = {"config": {}, "history": [], "summary": {}, "exit": None}
-    for line in wandb_cli("leet", "inspect", "--json", file).splitlines():
-        record = json.loads(line)
-        if record["type"] == "run":
-            found["run"] = record["run"]
-            found["config"].update(record["run"]["config"]["update"])
-        elif record["type"] == "history":
-            found["history"].append(record["history"]["item"])
-        elif record["type"] == "summary":
-            found["summary"].update(record["summary"].get("update", {}))
-        elif record["type"] == "exit":
-            found["exit"] = record["exit"]
-    return found
 
 
 def track(run_dir: Path, epochs: range = range(3), **options: Any) -> dict[str, str | None]:
