@@ -46,7 +46,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 new_app = typer.Typer(help="Write a working plugin to start from.")
+data_app = typer.Typer(help="Look at data sets, fetch them, prepare them and check them.", cls=Verbs)
 app.add_typer(new_app, name="new")
+app.add_typer(data_app, name="data")
 
 StoreOption = Annotated[Path, typer.Option("--store", envvar="QATBENCH_STORE", help="Where results live.")]
 DataOption = Annotated[
@@ -63,6 +65,11 @@ WandbOption = Annotated[
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 WorkersOption = Annotated[
     int | None, typer.Option("--workers", help="Worker processes (default: one a core, or one a GPU).")
+]
+DataName = Annotated[str, typer.Argument(metavar="NAME", help="A data set, e.g. digits or imagefolder:pets.")]
+DataSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="The data set's settings, e.g. size=64; repeatable."),
 ]
 DEFAULT_STORE = Path("runs")
 
@@ -140,7 +147,9 @@ def run(
     network: Annotated[str, typer.Option("--network", help="See: qatbench list networks.")] = "resnet8",
     bits: Annotated[str, typer.Option("--bits", help="wXaY: X bits for weights, Y for activations.")] = "w4a4",
     seed: Annotated[int, typer.Option("--seed", help="Draws split, weights and batches.")] = 0,
-    protocol: Annotated[str | None, typer.Option("--protocol", help="single[:DOMAIN], mdl or lodo:DOMAIN.")] = None,
+    protocol: Annotated[
+        str | None, typer.Option("--protocol", help="single[:DOMAIN], mdl, lodo:DOMAIN or longtail.")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="E.g. epochs=5, kd.weight=0.9, digits.limit=5000; repeatable."),
@@ -272,6 +281,112 @@ def dash(store: StoreOption = DEFAULT_STORE) -> None:
         print(line)
 
 
+@data_app.command("list", short_help="Which data sets are here.")
+def list_data(
+    store: StoreOption = DEFAULT_STORE,
+    data_root: DataOption = None,
+    plugin: PluginOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What data sets there are, and which of their files are here."""
+    import dataclasses
+
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from .bench.catalogue import catalogue
+    from .bench.store import Store
+
+    _check_root(data_root)
+    _load(plugin)
+    entries = catalogue(data_root, Store(store).cache)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(e) for e in entries], indent=1))
+        return
+    table = Table("name", "images", "domains", box=None, pad_edge=False, header_style="bold")
+    table.columns[0].no_wrap, table.columns[1].justify = True, "right"
+    for e in entries:
+        states: dict[str, list[str]] = {}
+        for domain, state in (e.domains or {}).items():
+            states.setdefault(state, []).append(domain)
+        where = "; ".join(f"{state}: {', '.join(domains)}" for state, domains in states.items()) or e.what
+        where = f"[red]unavailable[/red]: {escape(e.error)}" if e.error else escape(where)
+        table.add_row(e.name, f"{e.images:,}" if e.images else "", where + (" (prepared)" if e.prepared else ""))
+    Console().print(table)
+
+
+@data_app.command("prepare", short_help="Fetch, check and decode a data set.")
+def prepare_data(
+    name: DataName,
+    settings: DataSettings = None,
+    store: StoreOption = DEFAULT_STORE,
+    data_root: DataOption = None,
+    plugin: PluginOption = None,
+) -> None:
+    """Fetch what is missing, check it against the published hashes, decode the images once, and split them."""
+    from .bench.catalogue import fetch_missing
+
+    params, where = _data_request(name, settings, store, data_root, plugin)
+    from .bench.data import find_data, hash_splits, make_splits, open_data
+    from .bench.registry import find
+
+    find("datasets", name).online = True
+    for path in fetch_missing(find_data(name, params, data_root, where.cache)):
+        print(f"fetched {path}")
+    loaded = open_data(name, params, data_root, where.cache)
+    splits = make_splits(loaded, 0)
+    for domain in loaded.domains:
+        s = splits[domain.name]
+        parts = f"{len(s.train):,} train, {len(s.val):,} val, {len(s.test):,} test"
+        print(f"{domain.name}: {len(domain.labels):,} images ({parts})")
+    print(f"data {loaded.hash[:16]}, split of seed 0 {hash_splits(splits)[:16]}")
+
+
+@data_app.command("verify", short_help="Hold files against their hashes.")
+def verify_data(
+    name: DataName,
+    settings: DataSettings = None,
+    store: StoreOption = DEFAULT_STORE,
+    data_root: DataOption = None,
+    plugin: PluginOption = None,
+) -> None:
+    """Hold a data set's files against the published hashes, and its decoded images against their own; reads every byte."""
+    from .bench.catalogue import check as check_data
+
+    params, where = _data_request(name, settings, store, data_root, plugin)
+    wrong = 0
+    for right, what in check_data(name, params, data_root, where.cache):
+        print(f"{ {True: 'ok  ', False: 'FAIL', None: '-   '}[right] } {what}")
+        wrong += right is False
+    raise typer.Exit(int(wrong > 0))
+
+
+@data_app.command("show", short_help="One picture of a data set.")
+def show_data(
+    name: DataName,
+    out: Annotated[Path | None, typer.Option("--out", help="The PNG file (default: NAME.png).")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the split.")] = 0,
+    settings: DataSettings = None,
+    store: StoreOption = DEFAULT_STORE,
+    data_root: DataOption = None,
+    plugin: PluginOption = None,
+) -> None:
+    """Write one PNG: images of classes by domains, images of each class in each part, counts and split hash."""
+    params, where = _data_request(name, settings, store, data_root, plugin)
+    from .bench.data import make_splits, open_data
+    from .reports.montage import montage
+
+    loaded = open_data(name, params, data_root, where.cache)
+    path = out or Path(f"{loaded.name.replace(':', '-').replace('/', '-')}.png")
+    picture = montage(loaded, make_splits(loaded, seed), seed)
+    try:
+        path.write_bytes(picture)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; give another file with --out") from None
+    print(f"wrote {path}")
+
+
 @new_app.command("method", short_help="A method in one file, and its test.")
 def new_method(
     name: Annotated[str, typer.Argument(metavar="NAME")],
@@ -288,7 +403,7 @@ def new_method(
 
 @app.command(short_help="The contract suite, on a plugin file.")
 def check(file: Annotated[Path, typer.Argument(metavar="FILE", help="A plugin file.")]) -> None:
-    """Run the contract suite on every method that a file defines."""
+    """Run the contract suite on every method and data set that a file defines."""
     from .bench.scaffold import check_file
 
     raise typer.Exit(check_file(file))
@@ -362,6 +477,23 @@ def _check_root(root: Path | None) -> None:
         raise UserError(f"data root {root} may not be read; check its permissions")
 
 
+def _data_request(
+    name: str, settings: list[str] | None, store: Path, root: Path | None, plugin: list[Path] | None
+) -> tuple[dict[str, Any], Any]:
+    """The data set's settings (``size=64`` or ``office31.size=64``), and the store."""
+    from .bench.store import Store
+
+    _check_root(root)
+    _load(plugin)
+    params: dict[str, Any] = {}
+    for setting in settings or []:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {setting}: expected KEY=VALUE, e.g. size=64")
+        params[key.removeprefix(f"{name.partition(':')[0]}.")] = _value(text)
+    return params, Store(store)
+
+
 def _with_settings(asked: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     """Sort ``--set KEY=VALUE`` into the run's keys, the methods' params and the data set's."""
     values: dict[str, Any] = {**asked, "params": {}, "data_params": {}}
@@ -375,12 +507,12 @@ def _with_settings(asked: dict[str, Any], settings: list[str]) -> dict[str, Any]
             raise UserError(f"--set {setting}: write the owner and its key, e.g. kd.weight=0.9 or digits.limit=5000")
         if not dot:
             values[key] = value
-        elif owner == asked["data"]:
+        elif owner in (asked["data"], asked["data"].partition(":")[0]):
             values["data_params"][name] = value
         elif owner in (chain := _chain(asked["method"])):
             values["params"].setdefault(owner, {})[name] = value
         else:
-            known = [*chain, asked["data"]]
+            known = [*chain, asked["data"].partition(":")[0]]
             raise UserError(
                 f"--set {setting}: {owner!r} is neither a method of this run nor its data set{nearest(owner, known)}"
             )

@@ -11,10 +11,12 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from .augment import AUGMENTS, Normalise, find_augment
-from .dataset import DataSet, Domain, Loaded, open_data
-from .errors import UserError
+from .augment import AUGMENTS, Normalise, centre, find_augment
+from .dataset import DataSet, Domain, Loaded, find_data, open_data
+from .errors import RunFailed, UserError
+from .images import Encoded
 from .splits import Protocol, Split, generator, hash_splits, make_splits, parse_protocol
+from .stream import channels_last, gather, gather_each
 from .task import Task
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "Loaded",
     "Protocol",
     "Split",
+    "find_data",
     "hash_splits",
     "make_splits",
     "open_data",
@@ -33,6 +36,7 @@ __all__ = [
 ]
 
 EVAL_BATCH = 128
+MOMENT_IMAGES = 2048  # a domain, from which mean and deviation are taken if its images are streamed
 
 
 @dataclass
@@ -95,7 +99,7 @@ class DataModule(L.LightningDataModule):
     """The images of one run: a data set under a protocol, split by a seed.
 
     Set `epoch` before each pass over `train_dataloader()`: order and augmentation are drawn from (data, seed, epoch) and
-    nothing else. Test images are reached through `open_test()` only.
+    nothing else. Test images are reached through `open_test()` only, which the runner calls once, when training has ended.
     """
 
     sampler: Literal["instance", "class_balanced"] = "instance"
@@ -120,18 +124,19 @@ class DataModule(L.LightningDataModule):
         self.splits = make_splits(loaded, seed)
         self.split_hash = hash_splits(self.splits)
         self.epoch = 0
-        self.val_domains = self.protocol.train
+        self.training_ended = self._test_opened = False
+        self.val_domains = tuple(d for d in self.protocol.train if len(self.splits[d].val))
         self.test_domains = self.protocol.test + self.protocol.also
         train = self.protocol.train
         self.share = max(1, batch // len(train) // world)  # of one domain, in this rank's batch
         self.steps = math.ceil(sum(len(self.splits[d].train) for d in train) / batch)
-        self._images = {d: loaded[d].images.permute(0, 2, 3, 1).to(self.device) for d in train}
+        self._images = {d: self._on_device(loaded[d].images) for d in train}
         self._labels = {d: loaded[d].labels.to(self.device) for d in train}
         self._domain = torch.arange(len(train), device=self.device).repeat(self.share)
         self.mean, self.std = self._moments()
-        height, width = loaded[train[0]].images.shape[2:]
+        height, width = loaded.size
         self._normalise = Normalise(self.mean, self.std, height * width)
-        self.task = Task("classification", loaded.classes, self._class_counts(), train)
+        self.task = make_task(loaded, self.protocol, self.splits)
 
     def train_dataloader(self) -> _Loader:
         """Augmented training batches of the current `epoch`."""
@@ -142,7 +147,14 @@ class DataModule(L.LightningDataModule):
         return [self._evaluation(d, self.splits[d].val) for d in self.val_domains]
 
     def open_test(self) -> list[_Loader]:
-        """One loader for each of `test_domains`; to be called once, at the end, by the runner."""
+        """One loader for each of `test_domains`; to be called once, at the end, by the runner.
+
+        Raises:
+            RunFailed: Training has not ended, or the test split has been opened before.
+        """
+        if not self.training_ended or self._test_opened:
+            raise RunFailed("the test split was asked for: the runner alone opens it, once, when training has ended")
+        self._test_opened = True
         return [self._evaluation(d, self.splits[d].test) for d in self.test_domains]
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
@@ -154,9 +166,9 @@ class DataModule(L.LightningDataModule):
         share = max(1, n // len(self.protocol.train))
         rng = generator("probe", self.loaded.name, self.seed)
         rows = torch.stack([_cycle(self.splits[d].train, share, rng) for d in self.protocol.train], 1)
-        x, y = self._gather(rows.to(self.device))
+        x = next(self._pixels(rows[None], workers=0))
         domain = torch.arange(len(self.protocol.train), device=self.device).repeat(share)
-        return Batch(self._normalise(x), y, domain)
+        return Batch(self._seen(x), self._labels_of(rows), domain)
 
     def train_batches(self, batch: int) -> Iterator[Batch]:
         """Every training image exactly once, without augmentation, domain after domain."""
@@ -167,17 +179,25 @@ class DataModule(L.LightningDataModule):
         # The whole world's batches are drawn and each rank takes its rows, so two ranks together see what one process would.
         key = (self.loaded.name, self.seed, self.epoch)
         rows = slice(self.rank * self.share, (self.rank + 1) * self.share)
-        order = self._order(generator("order", *key))[:, rows].to(self.device)
+        order = self._order(generator("order", *key))[:, rows]
         # A generator each, so that the first view is the same whatever the number of views.
         rngs = [generator("view", *key, v) for v in range(self.views)]
-        shape = (self.share * self.world, len(self.protocol.train), 3)
-        for step in range(self.steps):
-            x, y = self._gather(order[step])
+        draws = (self.share * self.world, len(self.protocol.train), self.augment.columns)
+        stored, crop = self._stored(), self.loaded.size
+        for step, x in enumerate(self._pixels(order)):
             seen = []
             for rng in rngs:
-                drawn = self.augment.draw(shape[0] * shape[1], rng).view(shape)[rows].reshape(-1, 3).to(self.device)
-                seen.append(self._normalise(self.augment.apply(x, drawn)))
-            yield Batch(seen[0], y, self._domain, tuple(seen[1:]))
+                drawn = self.augment.draw(draws[0] * draws[1], rng, stored, crop).view(draws)[rows].flatten(0, 1)
+                seen.append(self._normalise(self.augment.apply(x, drawn.to(self.device), crop)))
+            yield Batch(seen[0], self._labels_of(order[step]), self._domain, tuple(seen[1:]))
+
+    def _stored(self) -> tuple[int, int]:
+        height, width = self.loaded.domains[0].images.shape[2:]
+        return height, width
+
+    def _seen(self, x: Tensor) -> Tensor:
+        """Pixels as a network sees them without augmentation."""
+        return self._normalise(centre(x, self.loaded.size))
 
     def _order(self, rng: torch.Generator) -> Tensor:
         """Image indices [steps, share of all ranks, domains] of one epoch."""
@@ -190,22 +210,31 @@ class DataModule(L.LightningDataModule):
             columns.append(draw(train, self.steps * rows, rng, labels))
         return torch.stack(columns, 1).view(self.steps, rows, -1)
 
-    def _gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels [share * D, H, W, C] and labels of image indices [share, D], domains interleaved."""
-        columns = list(zip(self.protocol.train, rows.unbind(1), strict=True))
-        x = torch.stack([self._images[d].index_select(0, i) for d, i in columns], 1)
-        y = torch.stack([self._labels[d].index_select(0, i) for d, i in columns], 1)
-        return x.flatten(0, 1), y.flatten()
+    def _pixels(self, order: Tensor, workers: int | None = None) -> Iterator[Tensor]:
+        """Pixels [share * D, H, W, C] for each of the index lists [steps, share, D], domains interleaved."""
+        images = [self._images[d] for d in self.protocol.train]
+        return (x.to(self.device, non_blocking=True) for x in gather_each(images, order, workers))
+
+    def _labels_of(self, rows: Tensor) -> Tensor:
+        """Labels [share * D] of image indices [share, D]."""
+        columns = zip(self.protocol.train, rows.to(self.device).unbind(1), strict=True)
+        return torch.stack([self._labels[d].index_select(0, i) for d, i in columns], 1).flatten()
+
+    def _on_device(self, images: Tensor | Encoded) -> Tensor | Encoded:
+        """Pixels [N, H, W, C] where the network is; what is still encoded stays where it is."""
+        images = channels_last(images)
+        return images if isinstance(images, Encoded) else images.to(self.device)
 
     def _evaluation(self, name: str, indices: Tensor, batch: int = EVAL_BATCH) -> _Loader:
         known = self.protocol.train.index(name) if name in self.protocol.train else -1
         domain = self.loaded[name]
+        parts = indices.split(batch)
 
         def batches() -> Iterator[Batch]:
-            for part in indices.split(batch):
-                x = domain.images.permute(0, 2, 3, 1).index_select(0, part).to(self.device)
+            images = channels_last(domain.images)
+            for part, x in zip(parts, gather_each([images], [p[:, None] for p in parts]), strict=True):
                 y = domain.labels[part].to(self.device)
-                yield Batch(self._normalise(x), y, torch.full_like(y, known))
+                yield Batch(self._seen(x.to(self.device)), y, torch.full_like(y, known))
 
         return _Loader(batches, math.ceil(len(indices) / batch))
 
@@ -213,22 +242,28 @@ class DataModule(L.LightningDataModule):
         """Mean and deviation of each channel over the training images, each domain weighing the same, as it does in the batches."""
         mean, square = 0.0, 0.0
         for name in self.protocol.train:
-            pixels, total, total2 = self.loaded[name].images.permute(0, 2, 3, 1), 0, 0
+            images, total, total2 = channels_last(self.loaded[name].images), 0, 0
             train = self.splits[name].train
+            if isinstance(images, Encoded):
+                train = _cycle(train, min(MOMENT_IMAGES, len(train)), generator("moments", self.loaded.name, self.seed))
             for part in train.split(1024):  # integer sums are exact: the result does not depend on the cutting
-                x = pixels.index_select(0, part).flatten(0, 2)
+                x = gather(images, part).flatten(0, 2)
                 total = total + x.sum(0, dtype=torch.int64)
                 total2 = total2 + x.int().square_().sum(0, dtype=torch.int64)
-            count = len(train) * pixels.shape[1] * pixels.shape[2]
+            count = len(train) * math.prod(self._stored())
             mean = mean + total / count / len(self.protocol.train)
             square = square + total2 / count / len(self.protocol.train)
         mean, square = torch.as_tensor(mean).double(), torch.as_tensor(square).double()
         std = (square - mean**2).clamp(min=1.0).sqrt()  # at least one grey level: a channel may be constant
         return (mean / 255).float().to(self.device), (std / 255).float().to(self.device)
 
-    def _class_counts(self) -> tuple[int, ...]:
-        labels = torch.cat([self.loaded[d].labels[self.splits[d].train] for d in self.protocol.train])
-        return tuple(torch.bincount(labels, minlength=len(self.loaded.classes)).tolist())
+
+def make_task(loaded: Loaded, protocol: Protocol, splits: dict[str, Split]) -> Task:
+    """What a method may know of the task: nothing of validation or test images."""
+    labels = torch.cat([loaded[d].labels[splits[d].train] for d in protocol.train])
+    counts = tuple(torch.bincount(labels, minlength=len(loaded.classes)).tolist())
+    second = {"superclasses": loaded.superclasses, "superclass": loaded.superclass}
+    return Task("classification", loaded.classes, counts, protocol.train, groups=protocol.groups, **second)
 
 
 def _cycle(indices: Tensor, n: int, rng: torch.Generator, labels: Tensor | None = None) -> Tensor:

@@ -67,7 +67,9 @@ def _ctrl_c() -> Iterator[None]:
 
 
 def validate(method: Method, data: DataModule) -> dict[str, float]:
-    """Metrics of the validation split, which stay in ``method.metrics``."""
+    """Metrics of the validation split, which stay in ``method.metrics``; none if nothing validates."""
+    if not data.val_domains:
+        return method.metrics
     with _ctrl_c():
         make_trainer(method.device).validate(method, data, verbose=False, weights_only=True)
     return method.metrics
@@ -158,12 +160,14 @@ class Recorder(L.Callback):
 
     def _snapshot(self, module: Method) -> None:
         """Keep the weights of the best epoch so far, of the mean and of each domain, as the selection rule asks."""
-        rule = self.resolved.spec.selection
-        scores = {"": module.metrics["val/acc"]}
+        rule, metric = self.resolved.spec.selection, module.data.protocol.metric
+        if rule == "last":
+            return
+        scores = {"": module.metrics[f"val/{metric}"]}
         if rule == "best_per_domain":
-            scores.update({d: module.metrics[f"val/acc/{d}"] for d in module.data.val_domains})
+            scores.update({d: module.metrics[f"val/{metric}/{d}"] for d in module.data.val_domains})
         for domain, score in scores.items():
-            if rule != "last" and score > self.best.get(domain, -1.0):  # the earliest of equals
+            if score > self.best.get(domain, -1.0):  # the earliest of equals
                 self.best[domain] = score
                 save(self.folder / _best_file(domain), module.state_dict())
 

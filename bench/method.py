@@ -188,6 +188,7 @@ class Method(L.LightningModule):
     run_in_progress: Run
     test_domains: list[str]
     tested: dict[str, dict[str, float]]
+    per_class: dict[str, list[float | None]]
 
     class Params(Frozen):
         """The method's own settings, with defaults and bounds."""
@@ -482,8 +483,9 @@ class Method(L.LightningModule):
         self._evaluate(batch, self.test_domains[dataloader_idx])
 
     def on_test_epoch_end(self) -> None:
-        """Leave what was measured in `tested`: domain -> metrics."""
+        """Leave what was measured in `tested`, domain -> metrics, and in `per_class`, domain -> recall of each class."""
         self.tested = {domain: meter.compute() for domain, meter in self._meters.items()}
+        self.per_class = {domain: meter.per_class() for domain, meter in self._meters.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The plan and the spec travel with the weights, as plain types, and rebuild the surgery."""

@@ -121,12 +121,14 @@ def plugins(kind: str) -> list[Plugin]:
 
 
 def plugin(kind: str, name: str) -> Plugin:
-    """The plugin of this name.
+    """The plugin of this name; of a data set, the name ends at a colon (``imagefolder:pets``).
 
     Raises:
         UserError: There is none (the nearest name is given), or its import failed (the reason is given).
     """
     known = {p.name: p for p in plugins(kind)}
+    if kind == "datasets":
+        name = name.partition(":")[0]
     if name not in known:
         available = [n for n, p in known.items() if p.cls is not None]
         raise UserError(f"unknown {_WORD[kind]} {name!r}{nearest(name, available)}")

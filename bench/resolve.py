@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .augment import find_augment
 from .chain import build, chain_params, members, normal_name
-from .data import DataSet, Loaded, make_splits, open_data, parse_protocol
+from .data import Loaded, find_data, make_splits, make_task, open_data, parse_protocol
 from .errors import UserError
 from .method import Method
 from .registry import find, plugin
-from .spec import FLOAT_BITS, RunSpec, canonical_json, content_hash, parse_bits, validated
+from .spec import FLOAT_BITS, RunSpec, canonical_json, content_hash, parse_bits
 from .task import Task
 
 HARNESS = 1
@@ -70,11 +68,14 @@ def resolve(spec: RunSpec, *, data_root: Path | None, cache: Path) -> Resolved:
     chain = members(spec.method)
     name = normal_name(spec.method)
     params = {k: v.model_dump(mode="json") for k, v in chain_params(spec.method, spec.params).items()}
-    loaded, data_params = _open(spec.data, spec.data_params, data_root, cache)
-    protocol = parse_protocol(spec.protocol, loaded.names).name
+    loaded = _open(spec.data, spec.data_params, data_root, cache)
+    long_tailed = loaded.params.imbalance is not None
+    protocol = parse_protocol(spec.protocol or ("longtail" if long_tailed else None), loaded.names).name
+    if spec.selection != "last" and not loaded.params.val:
+        raise UserError(f"selection={spec.selection} needs validation images; use selection=last, or a val above 0")
     find("networks", spec.network)
     method = build(spec.method, spec.params)
-    update: dict[str, Any] = {"method": name, "params": params, "data_params": data_params, "protocol": protocol}
+    update: dict[str, Any] = {"method": name, "params": params, "data_params": loaded.data_params, "protocol": protocol}
     find_augment(spec.augment, loaded.augment)  # refuses an unknown name
     augment = loaded.augment if spec.augment == "default" else spec.augment
     update |= {"bits": _bits(method, name, spec), "augment": augment}
@@ -131,37 +132,24 @@ def _version(kind: str, name: str) -> str:
     return f"{version}+{entry.source}" if entry.source else version
 
 
-_opened: dict[tuple[str, str, Path | None, Path], tuple[Loaded, dict[str, Any]]] = {}
+_opened: dict[tuple[str, str, Path | None, Path], Loaded] = {}
 
 
-def _open(data: str, params: dict[str, Any], root: Path | None, cache: Path) -> tuple[Loaded, dict[str, Any]]:
+def _open(data: str, params: dict[str, Any], root: Path | None, cache: Path) -> Loaded:
     """Open a data set once a process and setting."""
-    cls: type[DataSet] = find("datasets", data)
-    settings = validated(cls.Params, params, f"data_params of {data}")
-    normal = _normal_params(cls(settings, root), settings)
-    key = (data, canonical_json(normal), root, cache)
+    settings = find_data(data, params, root, cache).params
+    key = (data, canonical_json(settings.model_dump(mode="json")), root, cache)
     if key not in _opened:
-        _opened[key] = open_data(cls, settings, root, cache), normal
+        _opened[key] = open_data(data, settings, root, cache)
     return _opened[key]
 
 
-def _normal_params(dataset: DataSet, settings: DataSet.Params) -> dict[str, Any]:
-    values = settings.model_dump(mode="json")
-    if "domains" in values:
-        values["domains"] = list(dataset.selected)  # all domains by default, and in their own order
-    return values
-
-
-_tasks: dict[tuple[str, str, int | None, str, int], Task] = {}
+_tasks: dict[tuple[str, str, str, str, int], Task] = {}
 
 
 def _task(loaded: Loaded, protocol: str, seed: int) -> Task:
     """What a method may know of the task, without making batches."""
-    key = (loaded.name, loaded.hash, loaded.limit, protocol, seed)
+    key = (loaded.name, loaded.hash, canonical_json(loaded.data_params), protocol, seed)
     if key not in _tasks:
-        train = parse_protocol(protocol, loaded.names).train
-        splits = make_splits(loaded, seed)
-        labels = torch.cat([loaded[d].labels[splits[d].train] for d in train])
-        counts = labels.bincount(minlength=len(loaded.classes)).tolist()
-        _tasks[key] = Task("classification", loaded.classes, tuple(counts), train)
+        _tasks[key] = make_task(loaded, parse_protocol(protocol, loaded.names), make_splits(loaded, seed))
     return _tasks[key]

@@ -115,7 +115,7 @@ def _attempt(
     spec = resolved.spec
     record: dict[str, Any] = {
         "schema": SCHEMA, "run_id": resolved.run_id, "status": "skipped", "reason": resolved.skip,
-        "spec": spec.model_dump(mode="json"), "metrics": {}, "cost": {},
+        "spec": spec.model_dump(mode="json"), "metrics": {}, "per_class": {}, "cost": {},
         "time": {"started": started.isoformat(timespec="seconds")}, "provenance": {}, "wandb": None,
     }  # fmt: skip
     if resolved.skip is not None:
@@ -207,6 +207,8 @@ class _Session:
         views = max(m.views for m in _chain_of(spec))
         self.data = DataModule(loaded, spec.protocol, spec.seed, spec.batch, spec.augment, views=views, device=device)
         self.loaded = loaded
+        if untrained := [c for c, n in zip(loaded.classes, self.data.task.class_counts, strict=True) if n == 0]:
+            log.warning("%d classes have no training image: %s", len(untrained), ", ".join(untrained[:20]))
 
     def measure(self, float_folder: Path | None) -> dict[str, Any]:
         """Build, train, select, test once, and add up."""
@@ -238,6 +240,7 @@ class _Session:
         step_ms = 1000 * statistics.median(recorder.step_s) if recorder.step_s else None
         return {
             "metrics": metrics,
+            "per_class": self.per_class,
             "cost": self._cost(),
             "time": {
                 "train_s": train_s,
@@ -248,15 +251,26 @@ class _Session:
                 "peak_rss_mb": peak_rss_mb(),
                 **({"peak_gpu_mb": torch.cuda.max_memory_allocated() / 1e6} if self.device.type == "cuda" else {}),
             },
-            "provenance": {"split": self.data.split_hash, "generated": sorted(self.loaded.meta.get("generated", {}))},
+            "provenance": self._data_provenance(),
+        }
+
+    def _data_provenance(self) -> dict[str, Any]:
+        """What the number was measured on: the split, its sizes, and the training images of each class."""
+        task, splits = self.data.task, self.data.splits
+        return {
+            "split": self.data.split_hash,
+            "split_sizes": {d: [len(s.train), len(s.val), len(s.test)] for d, s in splits.items()},
+            "classes": list(task.classes),
+            "class_counts": list(task.class_counts),
+            "generated": sorted(self.loaded.meta.get("generated", {})),
         }
 
     def _network(self, float_folder: Path | None) -> nn.Module:
         """The float network: initial weights from (network, data, protocol, seed), or the trained ones."""
         spec = self.spec
-        torch.manual_seed(seed_for("weights", spec.network, spec.data, str(spec.protocol), spec.seed))
+        torch.manual_seed(seed_for("weights", spec.network, self.loaded.name, str(spec.protocol), spec.seed))
         channels = self.loaded.domains[0].images.shape[1]
-        net = find("networks", spec.network)(channels, len(self.loaded.classes))
+        net = find("networks", spec.network)(channels, self.data.task.outputs)
         if float_folder is not None:
             try:
                 net.load_state_dict(torch.load(float_folder / "net.pt", weights_only=True, map_location="cpu"))
@@ -269,6 +283,7 @@ class _Session:
     def _select_and_test(self) -> dict[str, float]:
         """Metrics of the weights that the protocol selects, on validation data; the test split is opened here and nowhere else."""
         val = self._validated()
+        self.data.training_ended, self.per_class = True, {}
         domains, tested = self.data.test_domains, {}
         loaders = dict(zip(domains, self.data.open_test(), strict=True))
         for weights, names in selected(self.spec.selection, self.folder, domains).items():
@@ -278,9 +293,13 @@ class _Session:
                 whole = self.spec.selection == "best"  # best_per_domain: every domain has weights of its own
                 val |= {d: values for d, values in self._validated().items() if whole or d in names}
             tested.update(test(self.method, {name: loaders[name] for name in names}))
-        mean_over = self.data.protocol.test
-        flat = combine({d: tested[d] for d in mean_over}, "test")
-        flat.update({f"test/{k}/{d}": v for d in self.data.protocol.also for k, v in tested[d].items()})
+            self.per_class.update(self.method.per_class)
+        protocol = self.data.protocol
+        flat = combine({d: tested[d] for d in protocol.test}, "test")
+        if protocol.also:  # held out: what was seen in training is another measure than what was not
+            seen = combine({d: tested[d] for d in protocol.also}, "test")
+            flat |= {k: v for k, v in seen.items() if k.count("/") == 2}
+            flat |= {"test/acc_id": seen["test/acc"], "test/acc_ood": flat["test/acc"]}
         return {**flat, **combine(val, "val")}
 
     def _validated(self) -> dict[str, dict[str, float]]:
@@ -340,7 +359,7 @@ def _float_metrics(folder: Path | None) -> dict[str, float]:
     import json
 
     metrics = json.loads((folder / "result.json").read_text())["metrics"]
-    return {f"float/{k}": v for k, v in metrics.items() if k.startswith("test/acc")}
+    return {f"float/{k}": v for k, v in metrics.items() if k == "test/acc" or k.startswith("test/acc/")}
 
 
 def peak_rss_mb() -> float:

@@ -73,7 +73,9 @@ class RunSpec(Recipe):
     method: str
     data: str = "optdigits"
     protocol: str | None = Field(
-        None, description="single[:DOMAIN], mdl or lodo:DOMAIN; none: mdl if there are several domains"
+        None,
+        description="single[:DOMAIN], mdl, lodo:DOMAIN or longtail; none: longtail if the data is made so, else mdl if "
+        "there are several domains",
     )
     network: str = "resnet8"
     bits: Bits = "w4a4"
@@ -100,16 +102,17 @@ def _as_tuple(value: Any) -> Any:
 
 
 Several = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
-AXES = ("data", "protocol", "network", "method", "bits", "seed")
+AXES = ("data", "data_params", "protocol", "network", "method", "bits", "seed")
 
 
 class SuiteSpec(Recipe):
-    """A suite: a `RunSpec` in which data, protocol, network, method, bits and seed may each be a list."""
+    """A suite: a `RunSpec` in which data, data_params, protocol, network, method, bits and seed may each be a list."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     description: str = ""
     method: Several
     data: Several = ("optdigits",)
+    data_params: Annotated[tuple[dict[str, Any], ...], BeforeValidator(_as_tuple), Field(min_length=1)] = ({},)  # type: ignore[assignment]
     protocol: Annotated[tuple[str | None, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (None,)
     network: Several = ("resnet8",)
     bits: Several = ("w4a4",)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dataset import Loaded
+from .dataset import DataSet, Loaded
 from .errors import UserError, nearest
+from .longtail import tail_counts
 from .seeds import seed_for
 
 TEST_FRACTION = 0.2  # of a domain that has no official test part
@@ -30,24 +31,32 @@ class Split:
     test: Tensor
 
 
-def make_splits(loaded: Loaded, seed: int, val_fraction: float = 0.1) -> dict[str, Split]:
+def make_splits(loaded: Loaded, seed: int) -> dict[str, Split]:
     """Split every domain, stratified by class, as (data set, seed) say.
 
-    The official test part is used where there is one; elsewhere a fifth of the groups is drawn. Val is cut from what is
-    left. Whole groups move: images that come from one source are in the same part in every domain. `loaded.limit` bounds
-    train and val together; the test part is always whole.
+    The official test part is used where there is one; elsewhere a fifth of the groups is drawn. Val (`loaded.params.val`)
+    is cut from what is left. Whole groups move: images that come from one source are in the same part in every domain. A
+    class keeps at least one training image. With `imbalance`, train and val together are the long-tailed list, and test is
+    cut to equal classes. `limit` bounds train and val together and leaves test whole.
+
+    Raises:
+        UserError: A domain has too few images, or the imbalance would empty a class that its rule keeps.
     """
+    params = loaded.params
     rng = generator("split", loaded.name, seed)
-    member, part = _draw_parts(loaded, val_fraction, rng)
+    member, part = _draw_parts(loaded, params.val, rng)
     splits = {}
     for domain in loaded.domains:
         mine = part[member[domain.name]]
         train, val, test = ((mine == p).nonzero().flatten() for p in (_TRAIN, _VAL, _TEST))
-        if loaded.limit is not None:
-            most_val = max(1, round(loaded.limit * val_fraction))
-            train = _limit(train, domain.labels, max(1, loaded.limit - most_val), rng)
+        if params.imbalance is not None:
+            train, val = _long_tail(train, val, domain.labels, len(loaded.classes), params, rng)
+            test = _balanced(test, domain.labels, rng)
+        if params.limit is not None:
+            most_val = max(1, round(params.limit * params.val)) if params.val else 0
+            train = _limit(train, domain.labels, max(1, params.limit - most_val), rng)
             val = _limit(val, domain.labels, most_val, rng)
-        if not (len(train) and len(val) and len(test)):
+        if not (len(train) and len(test) and (len(val) or not params.val)):
             raise UserError(f"domain {domain.name!r} of {loaded.name!r} has too few images ({len(mine)}) to split")
         splits[domain.name] = Split(train, val, test)
     return splits
@@ -93,7 +102,18 @@ def _draw_parts(loaded: Loaded, val_fraction: float, rng: torch.Generator) -> tu
         part[test] = _TEST
         rest = free[part[free] == _TRAIN]
         part[rest[_draw(stratum[rest], round(val_fraction * len(free)), rng)]] = _VAL
+    for domain in loaded.domains:
+        groups, labels = member[domain.name], domain.labels
+        for c in _untrained(part[groups], labels, len(loaded.classes)):  # a class of one image may have gone to test
+            part[groups[(labels == c) & ~official_test[groups]][:1]] = _TRAIN
     return member, part
+
+
+def _untrained(part: Tensor, labels: Tensor, classes: int) -> list[int]:
+    """The classes that have images, but none to train on."""
+    there = torch.bincount(labels, minlength=classes) > 0
+    trains = torch.bincount(labels[part == _TRAIN], minlength=classes) > 0
+    return (there & ~trains).nonzero().flatten().tolist()
 
 
 def _number_groups(loaded: Loaded) -> tuple[dict[str, Tensor], int]:
@@ -128,21 +148,50 @@ def _limit(indices: Tensor, labels: Tensor, most: int, rng: torch.Generator) -> 
     return indices if len(indices) <= most else indices[_draw(labels[indices], most, rng)]
 
 
+def _long_tail(
+    train: Tensor, val: Tensor, labels: Tensor, classes: int, params: DataSet.Params, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """What the long-tailed list keeps of train and val; together they have exactly the list's counts."""
+    assert params.imbalance is not None
+    available = torch.bincount(labels[torch.cat([train, val])], minlength=classes).tolist()
+    kept: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for c, n in enumerate(tail_counts(available, params.imbalance, params.lt_list)):
+        mine, held = train[labels[train] == c], val[labels[val] == c]
+        n_val = max(min(round(params.val * n), len(held)), n - len(mine))
+        for indices, k, out in ((mine, n - n_val, kept[0]), (held, n_val, kept[1])):
+            out.append(indices[torch.randperm(len(indices), generator=rng)[:k]])
+    return torch.cat(kept[0]).sort().values, torch.cat(kept[1]).sort().values
+
+
+def _balanced(indices: Tensor, labels: Tensor, rng: torch.Generator) -> Tensor:
+    """As many images of each class as the smallest one has."""
+    mine = labels[indices]
+    least = int(torch.bincount(mine)[mine.unique()].min()) if len(mine) else 0
+    parts = [indices[mine == c] for c in mine.unique()]
+    kept = [part[torch.randperm(len(part), generator=rng)[:least]] for part in parts]
+    return torch.cat([indices[:0], *kept]).sort().values
+
+
 @dataclass(frozen=True)
 class Protocol:
-    """Which domains train (and validate), which are tested, and which are tested for the record only."""
+    """Which domains train (and validate), which are tested, by what the best epoch is chosen, and what is measured."""
 
     name: str  # canonical: two spellings of one protocol have one name
     train: tuple[str, ...]
     test: tuple[str, ...]
     also: tuple[str, ...] = ()  # tested and reported by domain, but no part of the protocol's mean
+    metric: str = "acc"  # of validation, of which the best epoch has most
+    groups: bool = False  # classes with many, a medium number of, and few training images are told apart
 
 
-_KINDS = {"single": "single[:DOMAIN]", "mdl": "mdl", "lodo": "lodo:DOMAIN"}
+_KINDS = {"single": "single[:DOMAIN]", "mdl": "mdl", "lodo": "lodo:DOMAIN", "longtail": "longtail"}
 
 
 def parse_protocol(text: str | None, domains: Sequence[str]) -> Protocol:
-    """Read `single[:DOMAIN]`, `mdl` or `lodo:DOMAIN`; None is `mdl` if there are several domains, else `single`.
+    """Read `single[:DOMAIN]`, `mdl`, `lodo:DOMAIN` or `longtail`; None is `mdl` if there are several domains, else `single`.
+
+    `longtail` trains and tests on all domains and tells class groups apart; the best epoch is the one of the best balanced
+    accuracy, since its validation images are as long-tailed as those that train, and its test images are not.
 
     Under `lodo` the held-out domain is tested on its test part, not on all its images: the same images as under `mdl`, and
     none of them comes from the source of a training image.
@@ -158,6 +207,10 @@ def parse_protocol(text: str | None, domains: Sequence[str]) -> Protocol:
     if kind == "single":
         domain = domain or first
         return Protocol(f"single:{domain}", (domain,), (domain,))
+    if kind == "longtail":
+        if domain:
+            raise UserError(f"protocol {text!r}: longtail trains on all domains; choose them with `domains`")
+        return Protocol("longtail", domains, domains, metric="bacc", groups=True)
     if len(domains) < 2:
         raise UserError(f"protocol {text!r} needs at least two domains, there is only {first!r}; use 'single'")
     if kind == "mdl":

@@ -1,4 +1,4 @@
-"""The suite that every method passes, importable by plugin authors.
+"""The suites that every method and every data set pass, importable by plugin authors.
 
     from qatbench.bench.testing import MethodContract
 
@@ -7,6 +7,7 @@
         plugin = "path/to/mine.py"  # for a method that is not installed
 
 It trains a small real network on small made images (8x8, three domains, four classes), so that it takes seconds.
+`DatasetContract` is the same for data sets: see `dataset_contract`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from .assemble import assemble
 from .chain import build, members
 from .data import Batch, DataModule, Domain, Loaded
+from .dataset_contract import DatasetContract
 from .fit import LAST, Recorder, fit, make_trainer, read_checkpoint
 from .method import Method, Run
 from .models.resnet import CifarResNet
@@ -477,6 +479,7 @@ class Loop:
 
 
 __all__ = [
+    "DatasetContract",
     "Loop",
     "MethodContract",
     "Task",

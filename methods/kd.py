@@ -29,6 +29,7 @@ class KD(Wrapper):
     """Knowledge distillation (Hinton et al. 2015, arXiv 1503.02531) around any method that trains.
 
     The inner method's losses are multiplied by ``1 - weight``, the distillation loss by ``weight``: at 0 this is the inner method.
+    A network with several heads is distilled head by head, and the losses are added.
     """
 
     name = "kd"
@@ -46,4 +47,6 @@ class KD(Wrapper):
         """The inner method's and ``kd``."""
         weight, temperature = self.params.weight, self.params.temperature
         inner = {name: (1 - weight) * loss for name, loss in self.inner.losses(out, batch).items()}
-        return inner | {"kd": weight * distillation_loss(out.logits, out.teacher["float"].logits, temperature)}
+        student, teacher = self.task.heads(out.logits), self.task.heads(out.teacher["float"].logits)
+        distilled = sum(distillation_loss(student[head], teacher[head], temperature) for head in student)
+        return inner | {"kd": weight * distilled}

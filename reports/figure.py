@@ -96,7 +96,8 @@ def _panel(ax: Axes, table: Table, looks: dict[str, dict[str, Any]]) -> None:
         )
     _limits(ax, table, points)
     ax.set_xlabel("average weight bits (equal bits are set side by side)")
-    ax.set_ylabel("test accuracy, % (log of the error; mean ± sd)")
+    unseen = "OOD " if "acc_ood" in table.measures else ""
+    ax.set_ylabel(f"{unseen}test accuracy, % (log of the error; mean ± sd)")
     title = table.title + (" - of each method the setting with the best test accuracy" if _crowded(table) else "")
     ax.set_title("\n".join(textwrap.wrap(title, 60)), fontsize=11, loc="left", pad=10)
 

@@ -14,7 +14,8 @@ from ..bench.store import Store
 if TYPE_CHECKING:
     import pandas as pd
 
-_WIDE = ("levels_max", "plan")  # a table a site: kept in the record, too wide for a row
+# One entry a layer or a class: kept in the record, too wide for a row.
+_WIDE = ("levels_max", "plan", "classes", "class_counts")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from .labels import TABLE, canonical, code, labelled, recipe, settings, titled
 
 Record = dict[str, Any]
 COSTS = ("avg_bits_weight", "avg_bits_weight_inner", "avg_bits_act", "size_bytes", "bops")
+# What a record may hold beside the accuracy: means over domains, but for acc_worst.
+MEASURES = ("acc_id", "acc_ood", "acc_worst", "bacc", "acc_many", "acc_medium", "acc_few", "acc_coarse", "ece")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Cell:
         seeds: Of its finished runs.
         expected: Number of seeds that there should be.
         absent: The suite's seeds of which there is no record.
+        measures: What was measured beside the accuracy, by its name in the record (`MEASURES`).
+        recalls: Of each of the table's classes, over seeds and tested domains; None if no record knows it.
         gap: Accuracy less the float network's, paired by seed.
         levels: Whether no quantizer emitted more than 2**bits codes; None if that was not recorded.
         best: Whether it has the highest mean among the cells of the same bits.
@@ -77,6 +81,8 @@ class Cell:
     absent: tuple[int, ...]
     accuracy: Mean | None
     domains: dict[str, Mean | None]
+    measures: dict[str, Mean | None]
+    recalls: tuple[float | None, ...]
     worst: str | None
     start: Mean | None
     gap: Mean | None
@@ -102,7 +108,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """What may be compared: cells on the same data, protocol and network."""
+    """What may be compared: cells on the same data, protocol and network.
+
+    Attributes:
+        measures: Names of what any cell has beside the accuracy, in the order of `MEASURES`.
+        classes: Names of the classes; empty if no record tells how well each was recognised.
+        class_counts: Training images of each class; empty if no record says.
+    """
 
     title: str
     data: str
@@ -112,6 +124,9 @@ class Table:
     network: str
     domains: tuple[str, ...]
     generated: tuple[str, ...]
+    measures: tuple[str, ...]
+    classes: tuple[str, ...]
+    class_counts: tuple[int, ...]
     cells: tuple[Cell, ...]
     problems: tuple[Problem, ...]
     recipe: str
@@ -153,7 +168,8 @@ def _table(records: list[Record], seeds: tuple[int, ...] | None) -> Table:
     for record in records:
         by_cell[canonical([record["spec"] | {"seed": None}, code(record)])].append(record)
     domains = tuple(dict.fromkeys(d for r in records for d in _domains(r)))
-    cells = [_cell(by_cell[key], domains, seeds) for key in sorted(by_cell)]
+    classes, class_counts = _classes(records)
+    cells = [_cell(by_cell[key], domains, len(classes), seeds) for key in sorted(by_cell)]
     cells = _gaps(labelled(cells), records)
     cells.sort(key=lambda c: (-c.widths[0], -c.widths[1], c.bits, -(c.accuracy.mean if c.accuracy else -1), c.label))
     cells = _ranked(cells)
@@ -168,6 +184,9 @@ def _table(records: list[Record], seeds: tuple[int, ...] | None) -> Table:
         network=_text(first, "network"),
         domains=domains,
         generated=tuple(d for d in domains if d in generated),
+        measures=tuple(name for name in MEASURES if any(c.measures[name] for c in cells)),
+        classes=classes,
+        class_counts=class_counts,
         cells=tuple(cells),
         problems=_problems(cells, records),
         recipe=recipe(cells),
@@ -175,7 +194,7 @@ def _table(records: list[Record], seeds: tuple[int, ...] | None) -> Table:
     )
 
 
-def _cell(records: list[Record], domains: tuple[str, ...], seeds: tuple[int, ...] | None) -> Cell:
+def _cell(records: list[Record], domains: tuple[str, ...], classes: int, seeds: tuple[int, ...] | None) -> Cell:
     records = sorted(records, key=lambda r: (seed(r) is None, seed(r) or 0, r["run_id"]))
     done = [r for r in records if r["status"] == "done"]
     recorded = {seed(r) for r in records}
@@ -197,6 +216,8 @@ def _cell(records: list[Record], domains: tuple[str, ...], seeds: tuple[int, ...
         absent=tuple(absent),
         accuracy=Mean.of(r["metrics"].get("test/acc") for r in done),
         domains=means,
+        measures={name: Mean.of(r["metrics"].get(f"test/{name}") for r in done) for name in MEASURES},
+        recalls=_recalls(done, classes),
         worst=min(ranked, key=lambda d: ranked[d]) if ranked else None,
         start=Mean.of(r["metrics"].get("float/test/acc") for r in done),
         gap=None,
@@ -227,6 +248,29 @@ def _strings(value: Any) -> list[str]:
 
 def _domains(record: Record) -> list[str]:
     return [name.removeprefix("test/acc/") for name in record["metrics"] if name.startswith("test/acc/")]
+
+
+def _classes(records: list[Record]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names and training images of the classes, if a record tells how well each was recognised."""
+    for record in records:
+        names = tuple(map(one_line, _strings(record["provenance"].get("classes"))))
+        if names and any(value is not None for value in _recalls([record], len(names))):
+            counts = record["provenance"].get("class_counts")
+            known = isinstance(counts, list) and len(counts) == len(names) and all(isinstance(n, int) for n in counts)
+            return names, tuple(counts) if known else ()
+    return (), ()
+
+
+def _recalls(done: list[Record], classes: int) -> tuple[float | None, ...]:
+    """The mean recall of each class over the runs and the domains that their protocol tests."""
+    rows = []
+    for record in done:
+        by_domain, protocol = record.get("per_class"), _text(record, "protocol")
+        for domain, row in by_domain.items() if isinstance(by_domain, dict) else ():
+            seen = protocol.startswith("lodo:") and protocol != f"lodo:{domain}"
+            if not seen and isinstance(row, list) and len(row) == classes:
+                rows.append(row)
+    return tuple(_average(row[c] for row in rows) for c in range(classes))
 
 
 def _average(values: Iterable[Any]) -> float | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .leaderboard import COSTS, Cell, Mean, Problem, Table
+from .leaderboard import COSTS, MEASURES, Cell, Mean, Problem, Table
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -32,6 +32,25 @@ GLOSSARY = {
     "levels": "ok: no quantizer was seen to emit more than 2^bits codes",
     "bold": "the best of its bits",
 }
+_MEASURES = {  # of a record -> head of its column, and what it is; acc_ood is the accuracy itself, acc_worst is for scripts
+    "acc_id": ("ID accuracy", "mean over the domains that training saw (in distribution), on images that it did not"),
+    "bacc": ("balanced", "mean over the classes of the share of a class's images that are right"),
+    "acc_many": ("many", "the same over classes with more than 100 training images"),
+    "acc_medium": ("medium", "the same over classes with 20 to 100 training images"),
+    "acc_few": ("few", "the same over classes with fewer than 20 training images"),
+    "acc_coarse": ("superclass", "accuracy of the second head, which predicts superclasses"),
+    "ece": (
+        "ECE",
+        "expected calibration error in %: distance between the highest probability and the accuracy, 15 bins",
+    ),
+}
+_HELD_OUT = ("OOD accuracy", "accuracy on the domain that training did not see (out of distribution)")
+_BY_CLASS = {
+    "accuracy by class": "share of a class's test images that are right, in %: mean over seeds and tested domains "
+    "(on the page only, up to 100 classes; in full with --json)"
+}
+_MOST_CLASSES = 100  # squares in a row of the page
+_NUMBERED = 20  # classes, up to which each square holds its number and each column its name
 
 
 @dataclass(frozen=True)
@@ -47,11 +66,12 @@ class Page:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its head, what it says of a cell, and whether that is a number."""
+    """A column: its head, what it says of a cell, whether that is a number, and whether it is what cells are ranked by."""
 
     head: str
     text: Callable[[Cell], str]
     numeric: bool = True
+    main: bool = False
 
 
 # ---- numbers
@@ -108,18 +128,45 @@ def accuracy_columns(table: Table) -> list[Column]:
     def domain(name: str) -> Column:
         return Column(name + ("*" if name in table.generated else ""), lambda c: _of(c, c.domains.get(name)))
 
+    def measure(name: str) -> Column:
+        return Column(_MEASURES[name][0], lambda c: _of(c, c.measures[name]))
+
     several = len(table.domains) > 1
     return [
         Column("method", _name, numeric=False),
         Column("bits", lambda c: c.bits, numeric=False),
-        Column("accuracy", _accuracy),
+        Column(_main_head(table), _accuracy, main=True),
         Column("vs float", lambda c: _of(c, c.gap, _gap)),
         Column("seeds", seeds, numeric=False),
         Column("fidelity", lambda c: c.fidelity, numeric=False),
+        *(measure(name) for name in _measures(table) if name != "ece"),
         *([domain(name) for name in table.domains] if several else []),
-        *([Column("worst", lambda c: percent(_alone(_worst_mean(c))))] if several else []),
+        *([Column("worst", lambda c: percent(_alone(_worst_mean(c))))] if several and not _held_out(table) else []),
         Column("start", lambda c: _of(c, c.start)),
+        *(measure(name) for name in _measures(table) if name == "ece"),
     ]
+
+
+def _held_out(table: Table) -> bool:
+    """Whether the accuracy is that of a domain that training did not see, beside which the worst domain says nothing new."""
+    return "acc_ood" in table.measures
+
+
+def _main_head(table: Table) -> str:
+    return _HELD_OUT[0] if _held_out(table) else "accuracy"
+
+
+def _measures(table: Table) -> list[str]:
+    """What has a column of its own: on balanced classes, balanced accuracy says what accuracy says."""
+    shown = [name for name in _MEASURES if name in table.measures]
+    return [name for name in shown if name != "bacc" or table.protocol == "longtail"]
+
+
+def glossary(tables: Sequence[Table]) -> dict[str, str]:
+    """What the words of these tables mean."""
+    heads = [_HELD_OUT] if any(map(_held_out, tables)) else []
+    heads += [entry for name, entry in _MEASURES.items() if any(name in _measures(t) for t in tables)]
+    return GLOSSARY | dict(heads) | (_BY_CLASS if any(t.classes for t in tables) else {})
 
 
 def cost_columns(table: Table) -> list[Column]:
@@ -210,7 +257,7 @@ def markdown(page: Page, tables: Sequence[Table], figure: str) -> str:
     lines += [
         "## How to read this",
         "",
-        *(f"- **{name}**: {_md(text)}" for name, text in GLOSSARY.items()),
+        *(f"- **{name}**: {_md(text)}" for name, text in glossary(tables).items()),
         "",
         "---",
         "",
@@ -225,7 +272,7 @@ def _md_cells(table: Table, columns: list[Column]) -> list[str]:
         texts = [_md(column.text(cell)) for column in columns]
         body.append(
             [
-                f"**{t}**" if cell.best and c.head in ("method", "accuracy") else t
+                f"**{t}**" if cell.best and (c.main or c.head == "method") else t
                 for t, c in zip(texts, columns, strict=True)
             ]
         )
@@ -255,6 +302,21 @@ def _md_code(text: str) -> str:
 # ---- HTML
 
 
+def by_class(table: Table) -> list[int]:
+    """The classes in the order in which the page shows them: a long tail from head to tail; none if they are too many."""
+    classes = range(len(table.classes) if len(table.classes) <= _MOST_CLASSES else 0)
+    tail = table.protocol == "longtail" and table.class_counts
+    return sorted(classes, key=lambda c: -table.class_counts[c]) if tail else list(classes)
+
+
+def _square(table: Table, cell: Cell, c: int) -> tuple[str, str, float]:
+    """What a class's square holds, what it says when it is pointed at, and its darkness from 0 to 1."""
+    recall = cell.recalls[c]
+    text = DASH if recall is None else f"{100 * recall:.0f}"
+    name = table.classes[c] + (f", {table.class_counts[c]:,} training images" if table.class_counts else "")
+    return text if len(table.classes) <= _NUMBERED else "", f"{name}: {text}", recall or 0.0
+
+
 def html(page: Page, tables: Sequence[Table], svg: bytes) -> str:
     """The leaderboard as one page that needs nothing else."""
     import jinja2
@@ -275,7 +337,10 @@ def html(page: Page, tables: Sequence[Table], svg: bytes) -> str:
         problem=_problem,
         problem_head=_PROBLEM_HEAD,
         provenance=provenance,
-        glossary=GLOSSARY.items(),
+        glossary=glossary(tables).items(),
+        by_class=by_class,
+        square=_square,
+        numbered=_NUMBERED,
     )
 
 
@@ -285,10 +350,13 @@ def html(page: Page, tables: Sequence[Table], svg: bytes) -> str:
 def leaderboard_csv(tables: Sequence[Table], made_by: str) -> str:
     """One row a cell; accuracies as fractions, every number in full."""
     domains = list(dict.fromkeys(d for t in tables for d in t.domains))
-    return to_csv([_csv_row(table, cell, domains) | {"made_by": made_by} for table in tables for cell in table.cells])
+    measures = [name for name in MEASURES if any(name in t.measures for t in tables)]
+    return to_csv(
+        [_csv_row(t, cell, domains, measures) | {"made_by": made_by} for t in tables for cell in t.cells],
+    )
 
 
-def _csv_row(table: Table, cell: Cell, domains: list[str]) -> dict[str, Any]:
+def _csv_row(table: Table, cell: Cell, domains: list[str], measures: list[str]) -> dict[str, Any]:
     row: dict[str, Any] = {
         "data": table.data,
         "data_params": json.dumps(table.data_params, sort_keys=True),
@@ -308,7 +376,8 @@ def _csv_row(table: Table, cell: Cell, domains: list[str]) -> dict[str, Any]:
         "best": cell.best,
         "tied_with_best": cell.tied,
     }
-    for name, mean in {"acc": cell.accuracy, **{f"acc/{d}": cell.domains.get(d) for d in domains}}.items():
+    means = {"acc": cell.accuracy, **{f"acc/{d}": cell.domains.get(d) for d in domains}}
+    for name, mean in (means | {name: cell.measures[name] for name in measures}).items():
         row |= {f"{name}/mean": mean and mean.mean, f"{name}/sd": mean and mean.sd, f"{name}/n": mean.n if mean else 0}
     row |= {
         "worst_domain": cell.worst,
@@ -364,7 +433,7 @@ def _terminal_columns(table: Table, width: int) -> list[Column]:
         Column("method", _name, numeric=False),
         Column("bits", lambda c: c.bits, numeric=False),
         Column("seeds", lambda c: f"{len(c.seeds)}/{c.expected}" + ("!" if c.failed else "")),
-        Column("accuracy", _accuracy),
+        Column(_main_head(table), _accuracy),
         Column("vs float", lambda c: _gap(c.gap)),
     ]
     cost = [
@@ -373,8 +442,13 @@ def _terminal_columns(table: Table, width: int) -> list[Column]:
     ]
     several = len(table.domains) > 1
     domains = [_terminal_domain(table, name) for name in table.domains] if several else []
-    worst = [Column("worst domain", _worst)] if several else []
-    choices = ([*first, *extra] for extra in ([*domains, *cost], [*worst, *cost], domains, worst))
+    worst = [Column("worst domain", _worst)] if several and not _held_out(table) else []
+    measures = [_terminal_measure(name) for name in _measures(table) if name != "ece"]
+    fewer = [
+        column for column in measures if column.head != _MEASURES["bacc"][0]
+    ]  # of a balanced test set, the accuracy
+    rest = ([*domains, *cost], [*worst, *cost], domains, worst, [])
+    choices = ([*first, *own, *extra] for extra in rest for own in (measures, fewer))
     return next((columns for columns in choices if _width(table, columns) <= width), first[:4])
 
 
@@ -383,12 +457,20 @@ def _terminal_domain(table: Table, name: str) -> Column:
     return Column(head, lambda c: percent(_alone(c.domains.get(name))))
 
 
+def _terminal_measure(name: str) -> Column:
+    return Column(_MEASURES[name][0], lambda c: percent(_alone(c.measures[name])))
+
+
 def _terminal_marks(table: Table) -> str:
     marks = {
         "! runs failed": any(c.failed for c in table.cells),
         "= within one sd of the best of its bits": any(c.tied for c in table.cells),
         "† reconstruction": any("reconstruction" in c.fidelity for c in table.cells),
         "* generated domain": bool(table.generated) and len(table.domains) > 1,
+        "OOD: on the domain that training did not see": _held_out(table),
+        "many > 100, medium 20–100, few < 20 training images": any(
+            name in table.measures for name in ("acc_many", "acc_medium", "acc_few")
+        ),
         "n=1: differences cannot be judged": any(c.accuracy and c.accuracy.n == 1 for c in table.cells),
     }
     return " · ".join(mark for mark, used in marks.items() if used)

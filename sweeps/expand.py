@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..bench.resolve import Resolved, resolve
-from ..bench.spec import RunSpec, SuiteSpec
+from ..bench.spec import RunSpec, SuiteSpec, canonical_json
 
 
 def expand(suite: SuiteSpec, *, data_root: Path | None, cache: Path) -> list[Resolved]:
@@ -21,4 +21,14 @@ def expand(suite: SuiteSpec, *, data_root: Path | None, cache: Path) -> list[Res
 def labels(specs: Sequence[RunSpec]) -> list[str]:
     """Short names for people: method, bits and seed, and of the rest only what differs within the suite."""
     axes = [a for a in ("data", "protocol", "network") if len({getattr(s, a) for s in specs}) > 1]
-    return [" ".join([s.method, s.bits, *(str(getattr(s, a)) for a in axes), f"s{s.seed}"]) for s in specs]
+    seen: dict[tuple[str, str], set[str]] = {}  # data set and setting -> its values
+    for s in specs:
+        for key, value in s.data_params.items():
+            seen.setdefault((s.data, key), set()).add(canonical_json(value))
+    return [
+        " ".join([
+            s.method, s.bits, *(str(getattr(s, a)) for a in axes),
+            *(f"{k}={v}" for k, v in s.data_params.items() if len(seen[s.data, k]) > 1), f"s{s.seed}",
+        ])
+        for s in specs
+    ]  # fmt: skip

@@ -8,8 +8,12 @@ import re
 import tempfile
 from pathlib import Path
 from string import Template
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..registry import Plugin
 
 _HERE = Path(__file__).parent
 
@@ -44,32 +48,29 @@ def write_method(name: str, folder: Path) -> tuple[Path, Path]:
 
 
 def check_file(file: Path) -> int:
-    """Run `MethodContract` on every method of a plugin file; pytest's exit status, 0 if all is well.
+    """Run `MethodContract` on every method and `DatasetContract` on every data set of a plugin file; pytest's exit status.
+
+    A data set is checked on its own data: what it makes, or what it finds in ``QATBENCH_DATA``. Its author's own subclass
+    of the contract, which writes tiny files, shows more.
 
     Raises:
-        UserError: The file does not import or defines no method, or pytest is not installed.
+        UserError: The file does not import, defines neither, or pytest is not installed.
     """
-    from ..method import Wrapper
     from ..registry import load_file
 
     if importlib.util.find_spec("pytest") is None:
         raise UserError("qatbench check needs pytest; pip install 'qatbench[dev]'")
-    methods = [p for p in load_file(file) if p.kind == "methods"]
-    if not methods:
+    found = [p for p in load_file(file) if p.kind in ("methods", "datasets")]
+    if not found:
         raise UserError(
-            f"plugin {file} defines no method; a method is a class with a `name` that extends qatbench.Method"
+            f"plugin {file} defines no method and no data set; one is a class with a `name` that extends qatbench.Method "
+            "or qatbench.DataSet"
         )
     import pytest
 
-    lines = ["from qatbench.bench.testing import MethodContract", ""]
-    for plugin in methods:
-        wraps = issubclass(plugin.cls, Wrapper) and plugin.cls.default_inner is None
-        chain = f"{plugin.name}+lsq" if wraps else plugin.name
-        lines += [
-            f"class Test{plugin.cls.__name__}(MethodContract):",
-            f"    method, plugin = {chain!r}, {str(file.resolve())!r}",
-            "",
-        ]
+    lines = ["from qatbench.bench.testing import DatasetContract, MethodContract", ""]
+    for plugin in found:
+        lines += [*_suite_of(plugin), f"    plugin = {str(file.resolve())!r}", ""]
     with tempfile.TemporaryDirectory() as folder:
         test = Path(folder) / f"test_{file.stem}_contract.py"
         test.write_text("\n".join(lines))
@@ -85,3 +86,18 @@ def check_file(file: Path) -> int:
             folder,
         ]
         return int(pytest.main([*options, str(test)]))
+
+
+def _suite_of(plugin: Plugin) -> list[str]:
+    """The first lines of a plugin's contract test."""
+    from ..method import Wrapper
+
+    cls = plugin.cls
+    if plugin.kind == "methods":
+        wraps = issubclass(cls, Wrapper) and cls.default_inner is None
+        chain = f"{plugin.name}+lsq" if wraps else plugin.name
+        return [f"class Test{cls.__name__}(MethodContract):", f"    method = {chain!r}"]
+    if cls.takes:
+        whole = f"{plugin.name}:{cls.takes}"
+        raise UserError(f"data set {whole!r} is checked by a DatasetContract that writes files: dataset = {whole!r}")
+    return [f"class Test{cls.__name__}(DatasetContract):", f"    dataset = {plugin.name!r}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -27,12 +28,13 @@ from qatbench.bench.data import (
     open_data,
     parse_protocol,
 )
-from qatbench.bench.errors import UserError
+from qatbench.bench.errors import RunFailed, UserError
+from qatbench.bench.longtail import RULES, tail_counts
 
 CLASSES = ("a", "b", "c")
 
 
-def toy(sizes=(60, 90), official=(), shared=False, limit=None) -> Loaded:
+def toy(sizes=(60, 90), official=(), shared=False, **params) -> Loaded:
     """Domains of 2x3x4 images; the first pixels spell domain and index, so that a batch tells where its images come from."""
     domains = []
     for d, n in enumerate(sizes):
@@ -40,7 +42,7 @@ def toy(sizes=(60, 90), official=(), shared=False, limit=None) -> Loaded:
         images[:, 0, 0, 0], images[:, 0, 0, 1], images[:, 0, 0, 2] = d, torch.arange(n) // 256, torch.arange(n) % 256
         test = torch.arange(n - n // 4, n) if d in official else None
         domains.append(Domain(f"d{d}", images, torch.arange(n) % 3, test, torch.arange(n) if shared else None))
-    return Loaded("toy", domains, "0" * 64, CLASSES, limit=limit)
+    return Loaded("toy", domains, "0" * 64, CLASSES, params=DataSet.Params.model_validate(params))
 
 
 def module(loaded: Loaded, protocol=None, seed=0, batch=10, augment="none", **more) -> DataModule:
@@ -123,6 +125,58 @@ def test_too_few_images_is_one_line():
         make_splits(toy((2,)), 0)
 
 
+def test_a_class_of_one_image_trains():
+    """Broken if the only image of a class is tested, so that nothing can learn the class."""
+    for seed in range(30):
+        d = toy((60,)).domains[0]
+        labels = torch.cat([torch.arange(59) % 2, torch.tensor([2])])
+        split = make_splits(Loaded("toy", [Domain("d0", d.images, labels)], "", CLASSES), seed)["d0"]
+        assert 59 in split.train.tolist()
+
+
+def test_without_val_everything_trains():
+    """Broken if `val=0` loses images, or leaves some to validation."""
+    split = make_splits(toy((300,), {0}, val=0), 3)["d0"]
+    assert (len(split.train), len(split.val), len(split.test)) == (225, 0, 75)
+    assert module(toy((300,), val=0)).val_dataloader() == []
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(150, 400), min_size=1, max_size=2),
+    official=st.sets(st.integers(0, 1)),
+    shared=st.booleans(),
+    imbalance=st.floats(1, 20),
+    rule=st.sampled_from(RULES),
+    val=st.sampled_from([0.0, 0.1, 0.3]),
+    seed=st.integers(0, 99),
+)
+def test_a_long_tailed_list_has_its_counts_and_a_balanced_test(sizes, official, shared, imbalance, rule, val, seed):
+    """Broken if train and val together are not the list, the tested classes are unequal, or an image is in two parts."""
+    if shared:
+        sizes, official = [sizes[0]] * len(sizes), {0, 1} if official else set()
+    plain = make_splits(toy(sizes, official, shared, val=val), seed)
+    loaded = toy(sizes, official, shared, val=val, imbalance=imbalance, lt_list=rule)
+    for name, split in make_splits(loaded, seed).items():
+        labels = loaded[name].labels
+        counts = lambda rows: torch.bincount(labels[rows], minlength=3)  # noqa: B023, E731
+        pool = torch.cat([plain[name].train, plain[name].val])
+        listed = torch.cat([split.train, split.val])
+        assert counts(listed).tolist() == tail_counts(counts(pool).tolist(), imbalance, rule)
+        assert bool(len(split.val)) == bool(val)
+        assert counts(split.test).tolist() == [counts(plain[name].test).min()] * 3
+        for part in ("train", "val", "test"):
+            assert set(getattr(split, part).tolist()) <= set(getattr(plain[name], part).tolist())
+
+
+def test_an_imbalance_that_empties_a_class_names_the_largest_that_does_not():
+    """Broken if a class vanishes silently under the rule that keeps every class."""
+    with pytest.raises(UserError, match="imbalance=75"):
+        make_splits(toy((300,), {0}, imbalance=500.0), 0)
+    split = make_splits(toy((300,), {0}, imbalance=20_000.0, lt_list="climbq"), 0)["d0"]
+    assert torch.bincount(toy((300,)).domains[0].labels[split.train], minlength=3)[2] == 0
+
+
 # -- protocols ----------------------------------------------------------------------------------------------------------
 
 
@@ -134,6 +188,8 @@ def test_protocols():
     single, lodo = parse_protocol("single:b", abc), parse_protocol("lodo:b", abc)
     assert (single.train, single.test, single.also) == (("b",), ("b",), ())
     assert (lodo.train, lodo.test, lodo.also) == (("a", "c"), ("b",), ("a", "c"))
+    tail = parse_protocol("longtail", abc)
+    assert (tail.train, tail.test, tail.metric, tail.groups) == (abc, abc, "bacc", True)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +200,7 @@ def test_protocols():
         ("lodo:x", "ab", "no domain 'x'"),
         ("single:", "ab", "no domain ''"),
         ("mdl:a", "ab", "single:a"),
+        ("longtail:a", "ab", "domains"),
         ("mdl", "a", "at least two"),
         ("lodo:a", "a", "at least two"),
         ("", "ab", "no protocol ''"),
@@ -258,6 +315,7 @@ def test_only_open_test_gives_test_images(protocol):
     assert {o for b in batches for o in origins(data, b.x)} <= allowed
     assert Counter(o for b in data.train_batches(7) for o in origins(data, b.x)) == Counter(allowed)
     assert data.val_domains == data.protocol.train
+    data.training_ended = True
     for loaders, names, part in (
         (data.val_dataloader(), data.val_domains, "val"),
         (data.open_test(), data.test_domains, "test"),
@@ -312,6 +370,29 @@ def test_chunks_have_the_same_share_of_each_domain():
     assert torch.equal(by_domain[1].x, batch.x[1::3])
 
 
+def test_the_test_split_opens_once_and_only_after_training():
+    """Broken if a method can look at test images while it trains, or the runner can look twice."""
+    data = module(toy())
+    with pytest.raises(RunFailed, match="runner alone"):
+        data.open_test()
+    data.training_ended = True
+    assert len(data.open_test()) == 2
+    with pytest.raises(RunFailed, match="runner alone"):
+        data.open_test()
+
+
+@pytest.mark.parametrize("protocol", ["mdl", "longtail"])
+def test_the_network_sees_a_window_of_larger_images(protocol):
+    """Broken if training and evaluation see other sizes, or evaluation sees anything but the centre."""
+    loaded = dataclasses.replace(toy(), crop=(2, 2))
+    data = module(loaded, protocol, augment="crop-flip")
+    train, val = next(iter(data.train_dataloader())), next(iter(data.val_dataloader()[0]))
+    assert train.x.shape[1:] == val.x.shape[1:] == data.probe(4).x.shape[1:] == (2, 2, 2)
+    pixels = (val.x * data.std[:, None, None] + data.mean[:, None, None]).mul(255).round().byte()
+    assert torch.equal(pixels, loaded["d0"].images[data.splits["d0"].val][:, :, 0:2, 1:3])
+    assert data.task.groups == (protocol == "longtail")
+
+
 # -- the prepared cache -------------------------------------------------------------------------------------------------
 
 
@@ -348,7 +429,7 @@ def test_opened_again_it_is_not_loaded_again(tmp_path):
     first, second = (open_data(Tiny, {"limit": limit}, None, tmp_path) for limit in (None, 5))
     assert Tiny.loads == ["load"]
     assert first.hash == second.hash
-    assert second.limit == 5
+    assert second.params.limit == 5
     assert torch.equal(first["two"].images, Tiny(None).load()[1].images)
     assert first["two"].images.is_contiguous(memory_format=torch.channels_last)
     assert not list(tmp_path.glob("*.tmp"))

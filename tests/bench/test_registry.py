@@ -13,7 +13,10 @@ from qatbench.bench.errors import UserError
 
 METHODS = {"fp32", "ptq", "lsq", "dorefa", "pact", "kd"}
 NETWORKS = {"resnet8", "resnet20", "resnet56", "resnet18"}
-DATASETS = {"optdigits", "digits"}
+DATASETS = {
+    "optdigits", "digits", "svhn", "syndigits-lt", "fashion_mnist", "cifar10", "cifar100", "cifar10-lt", "cifar100-lt", "office31",
+    "pacs", "vlcs", "office-home", "terra-incognita", "domainnet", "imagenet", "imagefolder", "hf",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "names"), [("methods", METHODS), ("networks", NETWORKS), ("datasets", DATASETS)])
@@ -33,6 +36,13 @@ def test_a_helper_class_is_no_plugin() -> None:
     assert "" not in names
     assert len(names) == len(set(names))
     assert all(p.cls.__module__.endswith(Path(p.origin).stem) for p in registry.plugins("methods") if p.name in METHODS)
+
+
+def test_a_name_ends_at_the_colon_of_a_data_set() -> None:
+    """A folder of one's own could not be named, or a method's name could have anything after a colon."""
+    assert registry.find("datasets", "imagefolder:pets").name == "imagefolder"
+    with pytest.raises(UserError, match="unknown method 'lsq:x'"):
+        registry.find("methods", "lsq:x")
 
 
 @pytest.mark.parametrize(

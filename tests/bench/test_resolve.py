@@ -66,7 +66,8 @@ def test_normal_form_is_whole(find_run: FindRun) -> None:
     assert found.spec.params == {"kd": {"weight": 0.25, "temperature": 4.0}, "lsq": {}}
     assert found.spec.protocol == "mdl"
     assert found.spec.augment == "shift"
-    assert found.spec.data_params == {"domains": ["a", "b"], "limit": None, "shade": 1.0}
+    plain = {"limit": None, "val": 0.1, "imbalance": None, "lt_list": "ldam"}
+    assert found.spec.data_params == {"domains": ["a", "b"], "shade": 1.0, **plain}
     assert found.skip is None
     assert set(found.code) == {"harness", "method kd", "method lsq", "data set tiny", "network resnet8"}
     assert len(found.run_id) == len(found.float_id) == 16

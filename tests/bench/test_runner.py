@@ -30,9 +30,10 @@ SQUARES = ROOT / "tests" / "squares.py"
 TINY: dict[str, Any] = {"data": "squares", "epochs": 1, "float_epochs": 1, "batch": 32, "calibration": 32}
 
 METHODS = '''
-import os, signal
+import dataclasses, os, signal
 import torch
 from qatbench import Method
+from qatbench.bench.registry import find
 from qatbench.methods.lsq import LSQ
 
 
@@ -64,6 +65,28 @@ class NaN(LSQ):
 
     def losses(self, out, batch):
         return {"task": super().losses(out, batch)["task"] * float("nan")}
+
+
+class Peeks(LSQ):
+    name = "peeks"
+
+    def validated(self, run, metrics):
+        for loader in self.data.open_test():
+            for batch in loader:
+                self.seen = batch
+
+
+class Quarters(find("datasets", "squares")):
+    """Four brightnesses, of which two are dark and two are bright."""
+
+    name = "quarters"
+    classes = ("a", "b", "c", "d")
+    superclasses = ("dark", "bright")
+    superclass = (0, 1, 0, 1)
+
+    def load(self):
+        quarters = lambda d: torch.arange(len(d.labels)) // 2 % 2 * 2 + d.labels  # noqa: E731
+        return [dataclasses.replace(d, labels=quarters(d)) for d in super().load()]
 
 
 class Fickle(Method):
@@ -289,6 +312,51 @@ def test_held_out_domain_is_tested_and_not_trained(tmp_path: Path) -> None:
     assert metrics["test/acc"] == metrics["test/acc/right"]
     assert {"test/acc/left", "val/acc/left"} <= metrics.keys()
     assert "val/acc/right" not in metrics
+    assert metrics["test/acc_ood"] == metrics["test/acc/right"]
+    assert metrics["test/acc_id"] == metrics["test/acc/left"]
+    assert record["provenance"]["split_sizes"]["right"][2] == 24
+
+
+def test_a_method_that_asks_for_the_test_split_gets_an_error(tmp_path: Path) -> None:
+    """Without it, a method can choose its weights by the images that it is judged by."""
+    record = go(Store(tmp_path / "runs"), "peeks")
+    assert record["status"] == "failed"
+    assert "test split was asked for: the runner alone opens it" in record["reason"]
+    assert record["metrics"] == {}
+
+
+def test_long_tail_is_selected_by_balanced_accuracy_and_measured_by_group(tmp_path: Path) -> None:
+    """Without it, a long-tailed run is judged by its head, or its tail is nowhere to be seen."""
+    store = Store(tmp_path / "runs")
+    record = go(store, "lsq", data_params={"imbalance": 4.0, "domains": ["left"]}, selection="best", epochs=3)
+    assert record["spec"]["protocol"] == "longtail"
+    assert record["provenance"]["class_counts"] == [42, 11]
+    assert record["provenance"]["split_sizes"]["left"] == [53, 7, 24]
+    metrics, history = record["metrics"], rows(store, record)
+    assert metrics["test/acc_medium"] == record["per_class"]["left"][0]
+    assert metrics["test/acc_few"] == record["per_class"]["left"][1]
+    assert metrics["test/acc"] == pytest.approx(metrics["test/bacc"]), "the test part is balanced"
+    assert metrics["val/bacc"] == max(row["val/bacc"] for row in history)
+
+
+def test_nothing_validates_if_nothing_is_to(tmp_path: Path) -> None:
+    """Without it, whoever wants the papers' full training list cannot have it, or `best` picks weights by nothing."""
+    record = go(Store(tmp_path / "runs"), "lsq", data_params={"val": 0.0})
+    assert record["status"] == "done"
+    assert not [name for name in record["metrics"] if name.startswith("val/")]
+    with pytest.raises(UserError, match="selection=last"):
+        go(Store(tmp_path / "runs"), "lsq", data_params={"val": 0.0}, selection="best")
+
+
+def test_a_second_task_has_a_head_of_its_own(tmp_path: Path) -> None:
+    """Without it, a data set with coarse labels, too, is half a data set: a method may even distil across the two heads."""
+    for method in ("lsq", "kd+lsq"):
+        record = go(Store(tmp_path / "runs"), method, data="quarters", epochs=2)
+        assert record["status"] == "done", record["reason"]
+        assert {"test/acc", "test/acc_coarse", "test/acc_coarse/left"} <= record["metrics"].keys()
+        assert record["cost"]["plan"].keys() == go(Store(tmp_path / "runs"), "lsq")["cost"]["plan"].keys()
+        state = weights(Store(tmp_path / "runs"), record)
+        assert any(v.dim() == 2 and len(v) == 4 + 2 for v in state.values())
 
 
 # The record
@@ -312,6 +380,7 @@ def test_record_is_whole(tmp_path: Path, method: str) -> None:
         "reason",
         "spec",
         "metrics",
+        "per_class",
         "cost",
         "time",
         "provenance",
@@ -323,8 +392,10 @@ def test_record_is_whole(tmp_path: Path, method: str) -> None:
     assert set(record["spec"]) == set(RunSpec.model_fields)
     domains = ("left", "right")
     for split in ("test", "val"):
-        wanted = {f"{split}/{m}{d}" for m in ("acc", "loss") for d in ("", *(f"/{d}" for d in domains))}
-        assert wanted <= record["metrics"].keys()
+        measured = ("acc", "loss", "bacc", "ece")
+        wanted = {f"{split}/{m}{d}" for m in measured for d in ("", *(f"/{d}" for d in domains))}
+        assert wanted | {f"{split}/acc_worst"} <= record["metrics"].keys()
+    assert {d: len(recalls) for d, recalls in record["per_class"].items()} == {d: 2 for d in domains}
     assert {
         "avg_bits_weight",
         "avg_bits_weight_inner",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,22 @@ def test_the_weight_shares_out_the_losses(weight: float) -> None:
     assert set(losses) == {"task", "kd"}
     assert losses["task"].item() == pytest.approx((1 - weight) * F.cross_entropy(student, batch.y).item())
     assert losses["kd"].item() == pytest.approx(weight * distillation_loss(student, teacher, 2.0).item())
+
+
+def test_each_head_is_distilled_on_its_own() -> None:
+    """Classes and superclasses would compete in one softmax, and neither head would learn its teacher's probabilities."""
+    method, data = ready("kd+lsq", params={"kd": {"weight": 0.25, "temperature": 2.0}})
+    method.task = replace(method.task, superclasses=("a", "b"), superclass=(0, 0, 1, 1))
+    for member in method.members:
+        member.task = method.task
+    batch = next(iter(data.train_dataloader()))
+    student, teacher = torch.randn(len(batch), 6), torch.randn(len(batch), 6)
+    losses = method.losses(Out(student, {}, {"float": Out(teacher, {})}), batch)
+    assert set(losses) == {"task", "coarse", "kd"}
+    fine = distillation_loss(student[:, :4], teacher[:, :4], 2.0)
+    coarse = distillation_loss(student[:, 4:], teacher[:, 4:], 2.0)
+    assert losses["kd"].item() == pytest.approx(0.25 * (fine + coarse).item())
+    assert losses["coarse"].item() == pytest.approx(0.75 * F.cross_entropy(student[:, 4:], batch.y // 2).item())
 
 
 def test_the_teacher_is_the_float_network_and_stays_it() -> None:

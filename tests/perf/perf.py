@@ -156,7 +156,7 @@ def _made_data(images: int, size: int, batch: int) -> Any:
     from qatbench.bench.data import DataModule, Domain, Loaded
 
     rng = torch.Generator().manual_seed(0)
-    pixels = torch.randint(256, (images, 3, size, size), generator=rng).to(torch.uint8)
+    pixels = torch.randint(256, (images, size, size, 3), generator=rng).to(torch.uint8).permute(0, 3, 1, 2)
     domain = Domain("all", pixels, torch.arange(images) % 10)
     return DataModule(Loaded("perf", [domain], f"perf-{images}-{size}", tuple("0123456789"), "shift"), None, 0, batch)
 
@@ -200,25 +200,41 @@ def harness_step() -> list[Figure]:
     return [*figures, Figure("harness step, one-layer network, W&B on (CPU)", times, "ms", 1.0)]
 
 
-def augmentation() -> list[Figure]:
-    """Whole-batch augmentation and normalisation of uint8 images, one thread."""
+def _augmented(stored: int, crop: int, images: int) -> Any:
+    """A data module of random images, in memory as prepared data sets are: pixel by pixel."""
     import torch
+    from qatbench.bench.data import DataModule, Domain, Loaded
+
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (images, stored, stored, 3), generator=rng, dtype=torch.uint8).permute(0, 3, 1, 2)
+    domain = Domain("all", pixels, torch.arange(images) % 10)
+    loaded = Loaded(
+        "perf", [domain], f"perf-{images}-{stored}", tuple("0123456789"), augment="crop-flip", crop=(crop, crop)
+    )
+    return DataModule(loaded, None, 0, 128)
+
+
+def augmentation() -> list[Figure]:
+    """Gathering, augmenting and normalising batches of 128 uint8 images, one thread, in CPU seconds."""
+    import torch
+    from qatbench.bench.augment import find_augment
 
     torch.set_num_threads(1)
     figures = []
-    for name in ("shift", "crop-flip"):
-        data = _made_data(20_000, 32, 128)
-        from qatbench.bench.augment import AUGMENTS
-
-        data.augment = AUGMENTS[name]
-        rates = []
-        for epoch in range(6):
-            data.epoch = epoch
-            batches = data.train_dataloader()
-            rates.append(data.steps * data.share / seconds(lambda it=batches: sum(map(len, it)), time.process_time))
-        figures.append(
-            Figure(f"loading and augmenting, {name}, 32x32, one thread", rates[1:], "images/s", 150_000, at_most=False)
-        )
+    for stored, crop, images, target, names in (
+        (32, 32, 20_000, 200_000, ("shift", "crop-flip")),
+        (256, 224, 1024, 3_000, ("crop-flip", "resized-crop-flip", "domainbed")),
+    ):
+        data = _augmented(stored, crop, images)
+        for name in names:
+            data.augment = find_augment(name, name)
+            rates = []
+            for epoch in range(6):
+                data.epoch = epoch
+                batches = data.train_dataloader()
+                rates.append(data.steps * data.share / seconds(lambda it=batches: sum(map(len, it)), time.process_time))
+            what = f"batches, {name}, {stored} to {crop} pixels, one thread"
+            figures.append(Figure(what, rates[1:], "images/s", target, at_most=False))
     return figures
 
 
@@ -298,7 +314,98 @@ def memory() -> list[Figure]:
     return [Figure(f"peak memory, resnet8 on {name}", peaks, "GB", 1.5)]
 
 
-ALL = (help_answers, lsq_step, harness_step, augmentation, workers, memory, quickstart)
+def preparing() -> list[Figure]:
+    """Decoding real data sets into an empty store, and opening them again, without the start of Python and torch."""
+    from qatbench.bench.data import open_data
+
+    figures = []
+    cases = (
+        ("digits", {}, 20.0, 3, "MNIST, USPS, MNIST-M and Chars74K prepared"),
+        ("office31", {}, 90.0, 2, "Office-31 at 224 prepared"),
+    )
+    for name, params, target, rounds, what in cases:
+        first, again = [], []
+        for _ in range(rounds):
+            with tempfile.TemporaryDirectory() as cache:
+                first.append(seconds(lambda: open_data(name, params, DATA, Path(cache))))  # noqa: B023
+                again += [seconds(lambda: open_data(name, params, DATA, Path(cache))) for _ in range(3)]  # noqa: B023
+        figures += [Figure(what, first, "s", target), Figure(f"{name} opened again", again, "s", 0.5)]
+    return figures
+
+
+_READER = """
+import re, sys
+from pathlib import Path
+from qatbench.bench.data import DataModule, open_data
+data = DataModule(open_data("digits", {}, Path(sys.argv[1]), Path(sys.argv[2])), "mdl", 0, 128)
+for batch in data.train_dataloader(): pass
+print("ready", flush=True)
+sys.stdin.readline()
+pss, ours = [0, 0], False
+for line in open("/proc/self/smaps"):
+    if re.match(r"[0-9a-f]+-", line): ours = line.rstrip().endswith(".npy")
+    elif line.startswith("Pss:"): pss[0] += int(line.split()[1]) * ours; pss[1] += int(line.split()[1])
+print(*pss, flush=True)
+sys.stdin.readline()
+"""
+
+
+def sharing() -> list[Figure]:
+    """Memory of four processes that train on one prepared set, against that of one (Linux: proportional set sizes)."""
+
+    def use(n: int, cache: str) -> tuple[int, int]:
+        command = [sys.executable, "-c", _READER, str(DATA), cache]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        readers: list[Any] = [subprocess.Popen(command, **pipes) for _ in range(n)]  # type: ignore[call-overload]
+        for reader in readers:
+            reader.stdout.readline()
+        measured = []
+        for reader in readers:  # all are still there
+            print(file=reader.stdin, flush=True)
+            measured.append([int(word) for word in reader.stdout.readline().split()])
+        for reader in readers:
+            reader.communicate("\n")
+        images, whole = zip(*measured, strict=True)
+        return sum(images), sum(whole)
+
+    with tempfile.TemporaryDirectory() as cache:
+        use(1, cache)  # prepares
+        ratios = [[four / one for four, one in zip(use(4, cache), use(1, cache), strict=True)] for _ in range(3)]
+    images, whole = zip(*ratios, strict=True)
+    return [
+        Figure("memory of the images, four processes / one (digits)", list(images), "", 1.3),
+        Figure("memory in all, Python and torch included, four / one", list(whole), "", 4.0),
+    ]
+
+
+def pipeline() -> list[Figure]:
+    """What a batch costs beside the float step that it feeds: resnet20, batch 128, 32x32, crop-flip, one thread, CPU seconds."""
+    from torch.nn import functional as F
+
+    made, _ = _ready("fp32", "resnet20", 32, 128)
+    made.train()
+    data = _augmented(32, 32, 128 * 12)
+    opt = made.configure_optimizers()
+    shares = []
+    for epoch in range(4):
+        data.epoch, spent, steps = epoch, 0.0, 0.0
+        batches = iter(data.train_dataloader())
+        for _ in range(data.steps):
+            begin = time.process_time()
+            batch = next(batches)
+            spent += time.process_time() - begin
+            begin = time.process_time()
+            opt.zero_grad(set_to_none=True)
+            F.cross_entropy(made.net(batch.x), batch.y).backward()
+            opt.step()
+            steps += time.process_time() - begin
+        shares.append(100 * spent / steps)
+    return [Figure("batches / float resnet20 step", shares[1:], "%", 2.0)]
+
+
+ALL = (
+    help_answers, lsq_step, harness_step, augmentation, pipeline, preparing, sharing, workers, memory, quickstart,
+)  # fmt: skip
 
 
 def main() -> None:

@@ -175,6 +175,71 @@ def test_metrics_that_are_absent_are_not_zero(store, record, write):
     assert {p.reason for p in table.problems} == {"its record holds no test accuracy"}
 
 
+def test_what_was_measured_beside_accuracy_by_hand(store, record, write):
+    """Fails if a group's accuracy, or the calibration error, were another's, or a run without it counted as 0."""
+    for seed, few in enumerate([0.2, 0.4, None]):
+        metrics = {"test/acc_few": few, "test/bacc": 0.5, "test/ece": 0.1}
+        write(store, record("lsq", "w4a4", seed, SAME, metrics=metrics))
+    write(store, record("pact", "w4a4", 0, SAME))
+    (table,) = leaderboard(store)
+    assert table.measures == ("bacc", "acc_few", "ece")
+    few = Mean(pytest.approx(0.3), pytest.approx(math.sqrt(0.02)), 2)
+    lsq, pact = cell(table, "lsq w4a4").measures, cell(table, "pact w4a4").measures
+    assert (lsq["acc_few"], lsq["bacc"].mean, lsq["ece"].n) == (few, pytest.approx(0.5), 3)
+    assert set(pact.values()) == {None}
+
+
+def test_records_without_further_metrics_have_none(store, record, write):
+    """Fails if records of before these metrics were measured could not be reported, or seemed to have them."""
+    write(store, record("lsq", "w4a4", 0, SAME))
+    (table,) = leaderboard(store)
+    assert (table.measures, table.classes, table.class_counts) == ((), (), ())
+    assert cell(table, "lsq w4a4").recalls == ()
+
+
+CLASSES = {"classes": ["cat", "dog", "owl"], "class_counts": [50, 500, 5]}
+
+
+def test_recall_of_each_class_by_hand(store, record, write):
+    """Fails if classes were mixed up, or one that a domain lacks were counted as never right."""
+    rows = [
+        {"scanned": [1.0, 0.5, None], "fonts": [0.0, 0.5, None]},
+        {"scanned": [0.5, 0.5, None], "fonts": [None] * 3},
+    ]
+    for seed, per_class in enumerate(rows):
+        write(store, record("lsq", "w4a4", seed, SAME, provenance=CLASSES) | {"per_class": per_class})
+    (table,) = leaderboard(store)
+    assert (table.classes, table.class_counts) == (("cat", "dog", "owl"), (50, 500, 5))
+    assert cell(table, "lsq w4a4").recalls == (pytest.approx(0.5), pytest.approx(0.5), None)
+
+
+def test_recall_under_a_held_out_domain_is_of_that_domain(store, record, write):
+    """Fails if the page mixed the domains that training saw into the classes of the one that it did not."""
+    per_class = {"fonts": [0.1, 0.2, 0.3], "scanned": [0.9, 0.9, 0.9]}
+    run = record("lsq", "w4a4", 0, SAME, spec={"protocol": "lodo:fonts"}, provenance=CLASSES)
+    write(store, run | {"per_class": per_class})
+    assert cell(leaderboard(store)[0], "lsq w4a4").recalls == (0.1, 0.2, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("per_class", "classes"),
+    [
+        ([1, 2], CLASSES),
+        ({"fonts": 3}, CLASSES),
+        ({"fonts": [0.5, 0.5]}, CLASSES),
+        ({"fonts": ["a", None, True]}, CLASSES),
+        ({"fonts": [0.5] * 3}, {"classes": 3}),
+        ({"fonts": [0.5] * 3}, {}),
+    ],
+)
+def test_recalls_of_an_odd_shape_are_passed_over(store, record, write, per_class, classes):
+    """Fails if a record whose classes do not fit its names took the report down."""
+    write(store, record("lsq", "w4a4", 0, SAME, provenance=classes) | {"per_class": per_class})
+    (table,) = leaderboard(store)
+    assert table.classes == ()
+    assert json.dumps(as_dicts([table]), allow_nan=False)
+
+
 def test_too_many_codes_are_shouted(store, record, write):
     """Fails if "2-bit" that was 5 codes passed as two bits."""
     write(store, record("lsq", "w2a2", 0, SAME, cost={"levels_max": {"layer1.conv1": [5, 4]}}))

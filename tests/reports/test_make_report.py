@@ -218,6 +218,123 @@ def test_the_terminal_table_fits(filled, width):
     assert "−0.9" in row
 
 
+MEASURED = {
+    "longtail": {"bacc": 0.61, "acc_many": 0.82, "acc_medium": 0.53, "acc_few": 0.34, "ece": 0.085},
+    "lodo:fonts": {"bacc": 0.61, "acc_id": 0.93, "acc_ood": 0.9, "acc_worst": 0.9, "ece": 0.085},
+    "mdl": {"bacc": 0.61, "ece": 0.085, "acc_worst": 0.9},
+}
+
+
+@pytest.fixture
+def measured(store, record, write):
+    """A store with one run under each protocol, with everything that is measured beside the accuracy."""
+    for protocol, values in MEASURED.items():
+        metrics = {f"test/{name}": value for name, value in values.items()}
+        run = record("lsq", "w4a4", 0, (0.95, 0.93, 0.9), spec={"protocol": protocol}, metrics=metrics)
+        if protocol == "longtail":
+            run["metrics"] = {k: v for k, v in run["metrics"].items() if not k.startswith("test/acc/")}
+        run["provenance"] |= {"classes": ["<b>cat", "dog", "owl"], "class_counts": [50, 500, 5]}
+        write(store, run | {"per_class": {"fonts": [0.5, 0.75, None], "scanned": [0.5, 0.25, None]}})
+    return store
+
+
+def shown(store, protocol, width):
+    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    (table,) = (t for t in leaderboard(store) if t.protocol == protocol)
+    console.print(terminal_table(table, width))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    head, row = (
+        next(re.split(r"  +", line.strip()) for line in text.splitlines() if name in line) for name in ("bits", "lsq")
+    )
+    return dict(zip(head, row, strict=True)), text
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_long_tails_groups_are_in_the_terminal(measured, width):
+    """Fails if the numbers that a long tail is about were missing, or under another's head."""
+    row, text = shown(measured, "longtail", width)
+    assert (row["many"], row["medium"], row["few"]) == ("82.0", "53.0", "34.0")
+    assert row["size, kB"] == "40.3"
+    assert row.get("balanced") == (
+        "61.0" if width == 120 else None
+    )  # the first to go: of balanced images it is the accuracy
+    assert "many > 100, medium 20–100, few < 20 training images" in text
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_held_out_domain_says_so_in_the_terminal(measured, width):
+    """Fails if accuracy on the unseen domain were taken for that on seen ones, or the other way round."""
+    row, text = shown(measured, "lodo:fonts", width)
+    assert row["ID accuracy"] == "93.0"
+    assert row["OOD accuracy"].startswith("92.7")
+    assert not {"accuracy", "balanced", "worst domain"} & set(row)
+    assert "size, kB" in row
+    assert "OOD: on the domain that training did not see" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_what_is_measured_everywhere_leaves_the_terminal_as_it_was(store, measured, record, write, tmp_path, width):
+    """Fails if metrics that every record has now changed the table of a protocol that is not about them."""
+    old = type(store)(tmp_path / "old")
+    write(old, record("lsq", "w4a4", 0, (0.95, 0.93, 0.9)))
+    assert shown(measured, "mdl", width) == shown(old, "mdl", width)
+    assert not set(shown(measured, "mdl", width)[0]) & {"balanced", "ECE"}
+
+
+def test_every_measure_is_in_the_files(measured):
+    """Fails if what the terminal has no room for were lost, or explained nowhere."""
+    paths = make_report(measured, None, None, COMMAND)
+    rows = {row["protocol"]: row for row in read_csv(paths.csv)}
+    for protocol, values in MEASURED.items():
+        assert {k: float(rows[protocol][f"{k}/mean"]) for k in values} == values
+        assert int(rows[protocol]["ece/n"]) == 1
+    assert rows["mdl"]["acc_few/mean"] == ""
+    text = paths.markdown.read_text()
+    heads = [line for line in text.splitlines() if line.startswith("| method | bits | ") and "fidelity" in line]
+    assert [line.endswith("| start | ECE |") for line in heads] == [True, True, True]
+    assert sum("| balanced | many | medium | few |" in line for line in heads) == 1
+    assert sum("| OOD accuracy |" in line and "| ID accuracy |" in line for line in heads) == 1
+    for word in ("OOD accuracy", "ID accuracy", "balanced", "few", "ECE", "accuracy by class"):
+        assert text.count(f"- **{word}**") == 1
+    assert "classes" not in next(iter(read_csv(paths.runs)))
+
+
+def test_old_records_are_reported_without_the_new_words(filled):
+    """Fails if a store of before these metrics had empty columns, or words that mean nothing in it."""
+    paths = make_report(filled, "small", None, COMMAND)
+    for text in (paths.markdown.read_text(), paths.html.read_text(), paths.csv.read_text()):
+        assert not re.search(r"\bECE\b|\bOOD\b|balanced|\bece\b|[Bb]y class", text)
+
+
+def test_the_page_shows_each_class(measured):
+    """Fails if a class's square held another's number, a long tail were not in its order, or a name became markup."""
+    text = make_report(measured, None, None, COMMAND).html.read_text()
+    page = _Page(text)
+    assert "b" not in page.tags
+    tables = re.findall(r'<table class="squares">.*?</table>', text, re.DOTALL)
+    assert len(tables) == 3
+    tail = next(t for t in tables if t.index("dog") < t.index("cat"))
+    squares = re.findall(r'<td class="q" style="--v:([\d.]+)" title="([^"]+)">([^<]+)</td>', tail)
+    assert squares == [
+        ("0.50", "dog, 500 training images: 50", "50"),
+        ("0.50", "&lt;b&gt;cat, 50 training images: 50", "50"),
+        ("0.00", "owl, 5 training images: –", "–"),
+    ]
+
+
+@pytest.mark.parametrize(("classes", "squares", "numbers"), [(20, 20, 20), (21, 21, 0), (100, 100, 0), (101, 0, 0)])
+def test_many_classes_become_a_strip_and_then_nothing(store, record, write, classes, squares, numbers):
+    """Fails if a set of a thousand classes made a page of megabytes, or one of a hundred a table of a hundred numbers."""
+    names = {"classes": [f"class {c}" for c in range(classes)]}
+    write(store, record("lsq", "w4a4", 0, (0.9,) * 3, provenance=names) | {"per_class": {"fonts": [0.5] * classes}})
+    text = make_report(store, None, None, COMMAND).html.read_text()
+    assert text.count('<td class="q"') == squares
+    assert text.count(">50</td>") == numbers
+    assert ("Accuracy by class" in text) == (squares > 0)
+    assert (f"{classes} classes; darker is better" in text) == (squares > 0 and not numbers)
+
+
 def test_terminal_markup_in_a_name_is_text(store, record, write):
     """Fails if a label in brackets were taken for a colour."""
     write(store, record("lsq", "w4a4", 0, (0.9, 0.9, 0.9), spec={"augment": "[red]"}))

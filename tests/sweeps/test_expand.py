@@ -51,6 +51,12 @@ def test_labels_name_what_differs(cache):
     """Two networks of one suite could not be told apart on the terminal."""
     runs = expand(SuiteSpec(name="s", method="lsq", network=["resnet8", "resnet20"]), data_root=None, cache=cache)
     assert labels([r.spec for r in runs]) == ["lsq w4a4 resnet8 s0", "lsq w4a4 resnet20 s0"]
+    tails = SuiteSpec(
+        name="s", method="lsq", data_params=[{"imbalance": 2.0, "limit": 90}, {"imbalance": 5.0, "limit": 90}]
+    )
+    runs = expand(tails, data_root=None, cache=cache)
+    assert labels([r.spec for r in runs]) == ["lsq w4a4 imbalance=2.0 s0", "lsq w4a4 imbalance=5.0 s0"]
+    assert {r.spec.protocol for r in runs} == {"longtail"}
 
 
 def test_suites_that_come_along(cache):
@@ -60,5 +66,5 @@ def test_suites_that_come_along(cache):
     assert (quick.network, quick.epochs, quick.float_epochs, quick.batch) == (("resnet8",), 4, 10, 64)
     assert len(expand(quick, data_root=None, cache=cache)) == 9
     digits = load_suite("digits")
-    assert (digits.data, digits.data_params, digits.seed) == (("digits",), {"limit": 5000}, (0, 1, 2))
+    assert (digits.data, digits.data_params, digits.seed) == (("digits",), ({"limit": 5000},), (0, 1, 2))
     assert len(digits.cells()) == 6 * 2 * 3
