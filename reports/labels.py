@@ -87,13 +87,16 @@ def recipe(cells: list[Cell]) -> str:
 
 
 def titled(boards: list[Table]) -> list[Table]:
-    """Tables that would have the same title name their data's settings, and then its hash."""
+    """The imbalance is named; tables that would have the same title name the settings in which they differ, and then the hash."""
     plain = [f"{t.data} · {t.protocol} · {t.network}" for t in boards]
     longer = []
     for table, title in zip(boards, plain, strict=True):
-        if plain.count(title) > 1 and table.data_params:
-            title += f" ({', '.join(f'{one_line(k)}={short(v)}' for k, v in sorted(table.data_params.items()))})"
-        longer.append(title)
+        alike = [t.data_params for t, other in zip(boards, plain, strict=True) if other == title]
+        named = {k: v for k, v in sorted(table.data_params.items()) if any(short(p.get(k)) != short(v) for p in alike)}
+        if table.data_params.get("imbalance") is not None:
+            named = {"imbalance": table.data_params["imbalance"]} | named
+        settings = ", ".join(f"{one_line(k)}={short(v)}" for k, v in named.items())
+        longer.append(f"{title} ({settings})" if settings else title)
     hashed = [
         f"{title} [data {str(table.data_hash)[:8]}]" if longer.count(title) > 1 else title
         for table, title in zip(boards, longer, strict=True)
