@@ -50,9 +50,12 @@ def _entry(name: str, cls: type[DataSet] | None, error: str | None, root: Path |
     if cls.takes:
         return Entry(f"{name}:{cls.takes}", what)
     dataset = find_data(cls, {}, root, cache)
+    dataset.unpacks = False  # looking costs nothing
     states = {d: _state(dataset, d) for d in dataset.domains}
-    here = all(states[d] in ("here", "made") for d in dataset.selected)
-    prepared = here and (prepared_folder(dataset, cache) / "meta.json").exists()
+    try:
+        prepared = (prepared_folder(dataset, cache) / "meta.json").exists()
+    except UserError:
+        prepared = False
     return Entry(name, what, sum(cls.counts.values()) or None, states, prepared)
 
 
@@ -68,7 +71,7 @@ def _state(dataset: DataSet, domain: str) -> str:
 
 
 def _has(dataset: DataSet, domain: str) -> bool:
-    """Whether the files of a domain are here; an archive of them is unpacked if only that is."""
+    """Whether the files of a domain are here."""
     try:
         list(dataset.only(domain).sources())
     except UserError:

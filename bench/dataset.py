@@ -79,6 +79,7 @@ class DataSet:
     ) -> None:
         self.params = params or self.Params.model_validate({})
         self.root, self.downloads, self.variant = root, downloads, variant
+        self.unpacks = downloads is not None  # an archive, if only that is there
         if bool(variant) != bool(self.takes):
             form = f"{self.name}:{self.takes}" if self.takes else self.name
             raise UserError(f"data set {self.title!r} is written {form!r}")
@@ -120,7 +121,7 @@ class DataSet:
             UserError: It is nowhere, or its archive is not as published.
         """
         found = self._here(paths)
-        if not found and self.downloads is not None:
+        if not found and self.unpacks and self.downloads is not None:
             for remote in (*self.complete, *self.remotes.get(domain, ())):
                 for archive in self.archives(remote) if remote.unpack else ():
                     verify(archive, remote)
@@ -137,7 +138,9 @@ class DataSet:
     def only(self, domain: str) -> DataSet:
         """The same data set with one domain."""
         params = self.params.model_copy(update={"domains": (domain,)})
-        return type(self)(params, self.root, self.downloads, self.variant)
+        one = type(self)(params, self.root, self.downloads, self.variant)
+        one.unpacks = self.unpacks
+        return one
 
     @property
     def places(self) -> tuple[Path, ...]:

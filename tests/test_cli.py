@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from pictures import write_classes
 from support import SQUARES, TINY, read_offline
 
 HEAVY = ("torch", "lightning", "pandas", "numpy", "rich", "wandb", "yaml", "sklearn")
@@ -336,3 +337,57 @@ def test_reader_that_goes_away(line) -> None:
         command = [sys.executable, "-m", "qatbench", *line]
         ended = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+# Data
+
+
+def test_data_list_says_what_is_here(cli, tmp_path: Path) -> None:
+    """Without it, a user starts a sweep to find out which data sets he has."""
+    answer = cli("data", "list", "--store", tmp_path, "--json")
+    assert answer.status == 0, answer.err
+    entries = {entry["name"]: entry for entry in json.loads(answer.out)}
+    assert entries["optdigits"]["domains"] == dict.fromkeys(("scanned", "blended", "fonts"), "made")
+    table = cli("data", "list", "--store", tmp_path).out
+    assert all(name in table for name in entries)
+
+
+def test_data_prepare_show_and_verify(cli, tmp_path: Path) -> None:
+    """Without it, one cannot look at what one trains on, or check it."""
+    write_classes(tmp_path / "root" / "pets", {"cat": 20, "dog": 20})
+    where = ("--data-root", tmp_path / "root", "--store", tmp_path / "runs")
+    prepared = cli("data", "prepare", "imagefolder:pets", "--set", "size=8", *where)
+    assert prepared.status == 0, prepared.err
+    assert "images: 40 images (28 train, 4 val, 8 test)" in prepared.out
+    shown = cli(
+        "data", "show", "imagefolder:pets", "--set", "imagefolder.size=8", "--out", tmp_path / "pets.png", *where
+    )
+    assert shown.status == 0, shown.err
+    assert (tmp_path / "pets.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((tmp_path / "runs" / "data").glob("imagefolder-*/meta.json"))) == 1, "one folder for one setting"
+    assert cli("data", "verify", "imagefolder:pets", "--set", "size=8", *where).status == 0
+    images = next((tmp_path / "runs" / "data").glob("imagefolder-*/images.images.npy"))
+    images.write_bytes(images.read_bytes()[:-9] + b"123456789")
+    wrong = cli("data", "verify", "imagefolder:pets", "--set", "size=8", *where)
+    assert wrong.status == 1
+    assert "FAIL" in wrong.out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("data", "prepare", "digts"), "did you mean 'digits'"),
+        (("data", "prepare", "digits", "--set", "sise=28"), "did you mean 'size'"),
+        (("data", "prepare", "digits", "--set", "size"), "expected KEY=VALUE"),
+        (("data", "show", "imagefolder"), "imagefolder:FOLDER"),
+        (("data", "show", "digits:x"), "is written 'digits'"),
+        (("data", "verify", "optdigits", "--set", "imbalance=0.5"), "imbalance=0.5"),
+        (("data", "show", "optdigits", "--out", "/nowhere/x.png"), "/nowhere/x.png"),
+    ],
+)
+def test_data_refuses_in_one_line(cli, tmp_path: Path, words: tuple[str, ...], says: str) -> None:
+    """Without it, a typo ends in a traceback, or prepares something else."""
+    answer = cli(*words, "--store", tmp_path)
+    assert (answer.status, answer.out) == (2, "")
+    assert says in answer.err
+    assert answer.err.count("\n") == 1
