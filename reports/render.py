@@ -97,7 +97,10 @@ def _gap(mean: Mean | None) -> str:
 
 
 def _amount(value: float | None, write: str) -> str:
-    return DASH if value is None else format(value, write)
+    if value is None:
+        return DASH
+    text = format(value, write)
+    return f"{float(text):,.0f}" if "e+" in text else text  # 1.7e+02 is 170
 
 
 def _bits(cell: Cell, what: str) -> str:

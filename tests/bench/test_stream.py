@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -128,3 +132,24 @@ def test_a_wrong_environment_is_one_line(both, root, tmp_path, monkeypatch):
     monkeypatch.setenv("QATBENCH_DECODED_GB", "much")
     with pytest.raises(UserError, match="QATBENCH_DECODED_GB='much'"):
         open_data(Photos, {}, root, tmp_path)
+
+
+def test_a_disk_that_fills_up_while_decoding_is_one_line(root, tmp_path):
+    """Broken if a full disk kills the process, or leaves half an array that is taken for whole."""
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from test_stream import Photos, UserError, open_data
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # a write beyond it fails as on a full disk
+try:
+    open_data(Photos, {{}}, Path({str(root)!r}), Path({str(tmp_path)!r}))
+except UserError as error:
+    print(error)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "cannot write prepared data" in out
+    assert "free some space" in out
+    assert out.count("\n") == 1
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert len(open_data(Photos, {}, root, tmp_path)["one"].labels) == 60
