@@ -512,6 +512,9 @@ def _with_settings(asked: dict[str, Any], settings: list[str]) -> dict[str, Any]
         elif owner in (chain := _chain(asked["method"])):
             values["params"].setdefault(owner, {})[name] = value
         else:
+            from .bench.registry import find
+
+            find("datasets", asked["data"])  # a misspelt data set is the mistake, not the setting's owner
             known = [*chain, asked["data"].partition(":")[0]]
             raise UserError(
                 f"--set {setting}: {owner!r} is neither a method of this run nor its data set{nearest(owner, known)}"
@@ -626,6 +629,16 @@ def _show(record: dict[str, Any], store: Any, again: bool) -> None:
     domains = {k.rpartition("/")[2]: v for k, v in metrics.items() if k.startswith("test/acc/")}
     parts = ", ".join(f"{name} {100 * value:.2f}" for name, value in domains.items())
     console.print(f"test accuracy {100 * metrics['test/acc']:.2f} %  ({parts})", highlight=False, soft_wrap=True)
+    extra = {
+        "many": "acc_many",
+        "medium": "acc_medium",
+        "few": "acc_few",
+        "in distribution": "acc_id",
+        "out": "acc_ood",
+    }
+    found = [f"{word} {100 * metrics[f'test/{k}']:.2f}" for word, k in extra.items() if f"test/{k}" in metrics]
+    if found:
+        console.print(", ".join(found), highlight=False, soft_wrap=True)
     size = f"{cost['size_bytes'] / 1000:.1f} kB"
     console.print(
         f"{cost['avg_bits_weight']:.2f} bits a weight, {cost['avg_bits_act']:.2f} an activation, {size}",

@@ -111,7 +111,7 @@ def check(name: str, params: dict, root: Path | None, cache: Path) -> Iterator[t
     dataset = find_data(name, params, root, cache)
     for domain in dataset.selected:
         if not _has(dataset, domain):
-            yield None, f"{domain}: not here"
+            yield False, f"{domain}: not here"
             continue
         found = False
         for remote in dataset.remotes.get(domain, ()):

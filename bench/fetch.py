@@ -13,6 +13,7 @@ import http.client
 import math
 import os
 import re
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -169,7 +170,9 @@ def _download(remote: Remote, path: Path, show: bool, attempts: int, pause: floa
             os.replace(part, path)
             _drop(part)
             return path
-    raise UserError(f"cannot fetch {path.name} ({'; '.join(reasons)}); {_by_hand(path, remote)}")
+    raise UserError(
+        f"cannot fetch {path.name} ({'; '.join(reasons)}); give --data-root if it is here, or {_by_hand(path, remote)}"
+    )
 
 
 def _download_from(url: str, remote: Remote, part: Path, attempts: int, pause: float, tell: _Tell) -> None:
@@ -297,6 +300,8 @@ def _reason(failure: Exception) -> _Cut | _Refused:
     cause = failure.reason if isinstance(failure, error.URLError) else failure
     if isinstance(cause, TimeoutError):
         return _Cut(f"gave no answer for {TIMEOUT:g} s")
+    if isinstance(cause, socket.gaierror):  # trying again for a minute helps nobody who has no network
+        return _Refused("there is no such server, or no network")
     if isinstance(cause, OSError):
         return _Cut((cause.strerror or "connection closed").lower())
     if isinstance(cause, http.client.HTTPException) and not isinstance(cause, http.client.InvalidURL):

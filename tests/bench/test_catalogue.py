@@ -132,7 +132,7 @@ def test_check_tells_what_is_right_wrong_and_unknown(server, tmp_path, monkeypat
     """Broken if a damaged file passes, or one whose hash nobody published counts as checked."""
     monkeypatch.setattr("qatbench.bench.catalogue.find_data", lambda name, *rest: find_data(Pets, *rest))
     cache, params = tmp_path / "cache", {"size": 8}
-    assert [right for right, _ in check("pets", params, None, cache)] == [None, None]
+    assert [right for right, _ in check("pets", params, None, cache)] == [False, False]
     fetch_missing(find_data(Pets, params, None, cache), show=False)
     open_data(Pets, params, None, cache)
     assert [right for right, _ in check("pets", params, None, cache)] == [True, True, True]

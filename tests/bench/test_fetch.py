@@ -386,7 +386,7 @@ def test_the_line_when_all_fails(server, tmp_path):
         f"{base}/wrong: its sha256 is {sha(OTHER)}, expected {sha(BODY)}; "
         f"{base}/short: was cut off at 0 of 300,000 bytes, 3 times; {base}/page: gives a web page, not the file; "
         f"http://127.0.0.1:9/nobody: connection refused, 3 times; {none}; {none}; {none}); "
-        f"put the file there by hand (form at https://example.org): {tmp_path / 'x.zip'}"
+        f"give --data-root if it is here, or put the file there by hand (form at https://example.org): {tmp_path / 'x.zip'}"
     )
     assert names(tmp_path) == set()
     with pytest.raises(UserError) as told:
