@@ -73,6 +73,7 @@ def resolve(spec: RunSpec, *, data_root: Path | None, cache: Path) -> Resolved:
     protocol = parse_protocol(spec.protocol or ("longtail" if long_tailed else None), loaded.names).name
     if spec.selection != "last" and not loaded.params.val:
         raise UserError(f"selection={spec.selection} needs validation images; use selection=last, or a val above 0")
+    _check_imbalance(loaded, _task(loaded, protocol, spec.seed))
     find("networks", spec.network)
     method = build(spec.method, spec.params)
     update: dict[str, Any] = {"method": name, "params": params, "data_params": loaded.data_params, "protocol": protocol}
@@ -97,6 +98,22 @@ def resolve(spec: RunSpec, *, data_root: Path | None, cache: Path) -> Resolved:
         data_hash=loaded.hash,
         skip=method.skip(_task(loaded, protocol, spec.seed)),
     )
+
+
+def _check_imbalance(loaded: Loaded, task: Task) -> None:
+    """Refuse an imbalance that the data's own exceeds: tables would name a ratio that no run has.
+
+    A class may be an image short, for validation, or a tenth; climbq's tail is thinner than it says by its nature.
+    """
+    params, kept = loaded.params, [n for n in task.class_counts if n]
+    if params.imbalance is None or params.lt_list != "ldam":
+        return
+    if max(kept) > 1.1 * params.imbalance * (min(kept) + 1):
+        own = max(kept) / min(kept)
+        raise UserError(
+            f"imbalance={params.imbalance:g} is not reached: {loaded.name!r} is more unbalanced by itself, {max(kept):,} to "
+            f"{min(kept):,} training images a class; take imbalance={own:.0f} or more"
+        )
 
 
 def _bits(method: Method, name: str, spec: RunSpec) -> str:

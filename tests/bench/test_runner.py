@@ -89,6 +89,15 @@ class Quarters(find("datasets", "squares")):
         return [dataclasses.replace(d, labels=quarters(d)) for d in super().load()]
 
 
+class Lopsided(find("datasets", "squares")):
+    """Ten times as many dark squares as bright ones."""
+
+    name = "lopsided"
+
+    def load(self):
+        return [dataclasses.replace(d, labels=(torch.arange(120) % 11 == 0).long()) for d in super().load()]
+
+
 class Fickle(Method):
     """Right on the left in the first epoch only, right on the right in the last epoch only."""
 
@@ -337,6 +346,13 @@ def test_long_tail_is_selected_by_balanced_accuracy_and_measured_by_group(tmp_pa
     assert metrics["test/acc_few"] == record["per_class"]["left"][1]
     assert metrics["test/acc"] == pytest.approx(metrics["test/bacc"]), "the test part is balanced"
     assert metrics["val/bacc"] == max(row["val/bacc"] for row in history)
+
+
+def test_an_imbalance_below_the_datas_own_is_refused(tmp_path: Path) -> None:
+    """Without it, a table names an imbalance that no run had."""
+    with pytest.raises(UserError, match=r"imbalance=2 is not reached: 'lopsided' .* take imbalance=\d+ or more"):
+        go(Store(tmp_path / "runs"), "lsq", data="lopsided", data_params={"imbalance": 2.0})
+    assert go(Store(tmp_path / "runs"), "lsq", data="lopsided", data_params={"imbalance": 12.0})["status"] == "done"
 
 
 def test_nothing_validates_if_nothing_is_to(tmp_path: Path) -> None:
