@@ -168,16 +168,16 @@ class DataSet:
         ways = [f"put the files of {domain!r} there", fetch, leave]
         return UserError(f"{self.root / path} is missing: {', or '.join(filter(None, ways))}{note}")
 
-    def verify(self) -> list[Path]:
-        """Hold every file that is here and whose hash was published against it; returns the files that were checked."""
-        checked = []
+    def verify(self) -> None:
+        """Hold every file that is here and whose hash or size was published against it.
+
+        Raises:
+            UserError: One is another file.
+        """
         for domain in self.selected:
             for remote in self.remotes.get(domain, ()):
                 for path in self.archives(remote):
-                    if remote.hashes or remote.accept:
-                        verify(path, remote)
-                        checked.append(path)
-        return checked
+                    verify(path, remote)
 
     def archives(self, remote: Remote) -> list[Path]:
         """The published file, where it is: at its own path, or simply in the data root."""
