@@ -12,6 +12,7 @@ from .data import Batch
 from .errors import RunFailed
 from .method import Method, Parts, Probe, has_effect
 from .quant import Bits, QuantLayer, Scope, calibrate, swap
+from .quant.grid import ready_to_compile
 from .site import Site, find_sites
 from .spec import FLOAT_BITS, RunSpec, parse_bits
 from .task import Task
@@ -50,14 +51,15 @@ def assemble(spec: RunSpec, net: nn.Module, task: Task, probe: Batch, plan: Mapp
         else [s for s in sites if s.kind == "layer"]
     )
     sites = [*layers, *(s for s in sites if s.kind != "layer")]
-    bits = Bits(*parse_bits(spec.bits))
-    bit_plan = dict(plan) if plan is not None else method.plan(sites, bits, Probe(float_net, probe))
+    given = plan if plan is not None else spec.plan
+    bit_plan = dict(given) if given is not None else method.plan(sites, parse_bits(spec.bits), Probe(float_net, probe))
     _place(method, net, layers, bit_plan, scope)
     useless = has_effect(method, net, replaced)
     if useless:
         raise RunFailed(f"{useless} changes nothing in {spec.network} at {spec.bits}: it found no place to act on")
     if plan is None:
         calibrate(net, probe.x)
+    scope.compile = spec.compile and ready_to_compile(probe.x.device)
     method.attach(net, Parts(spec, task, scope, probe, sites, bit_plan, float_net))
     return method
 

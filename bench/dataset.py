@@ -67,6 +67,7 @@ class DataSet:
         val: float = Field(
             0.1, ge=0, le=0.5, description="share that validates, of what is no official test part; 0: none"
         )
+        balance: bool = Field(False, description="as many training images of each class as the smallest class has")
         imbalance: float | None = Field(
             None, ge=1, description="make it long-tailed: the largest class over the smallest"
         )

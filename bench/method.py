@@ -9,18 +9,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .errors import RunFailed
-from .quant import Bits, Quantizer, QuantLayer, Scope, deployed, edge_bits, quant_layers
+from .quant import Bits, Budget, Quantizer, QuantLayer, Scope, deployed, edge_bits, quant_layers
+from .quant.allocate import Costs, allocate
 from .quant.quantizer import finite_state, step_of
+from .quant.sensitivity import hessian_trace, second_order
 from .seeds import seed_for
 from .site import Site
 from .spec import FLOAT_BITS, Frozen, RunSpec
@@ -29,7 +32,7 @@ from .task import Task, combine
 if TYPE_CHECKING:
     from .data import Batch, DataModule
 
-TeacherKind = Literal["float", "ema"]
+TeacherKind = Literal["float", "ema", "student"]
 EMA_DECAY = 0.999  # of the `ema` teacher, per optimizer step (Tarvainen and Valpola 2017, arXiv 1703.01780)
 
 
@@ -39,7 +42,7 @@ class Tap:
 
     Attributes:
         value: What the named module returned.
-        quantized: The module's input on its grid, if it is a layer with an activation quantizer.
+        quantized: What the module's activation quantizer made of its input, if it is a layer that has one.
         step: That quantizer's grid spacing, if it has one.
         inputs: What the module was given.
     """
@@ -52,7 +55,11 @@ class Tap:
 
 @dataclass(frozen=True)
 class Out:
-    """One forward pass: logits (float [B, classes]), the taps asked for, and the same of each teacher, by its kind."""
+    """One forward pass: logits (float [B, classes]), the taps asked for, and the same of each teacher, by its kind.
+
+    The ``float`` teacher saw the student's own view, so its features are of the same pixels. ``ema`` (the mean of the network over
+    the past steps) and ``student`` (the network itself, without gradients) saw `Batch.views[0]`, where a batch has a second view.
+    """
 
     logits: Tensor
     taps: Mapping[str, Tap]
@@ -82,6 +89,15 @@ class Probe:
 
     net: nn.Module
     batch: Batch
+
+    def loss(self, task: Task) -> Callable[[Batch], Tensor]:
+        """The float network's mean loss on a batch, in eval mode: a function that `bench.quant.sensitivity` takes."""
+        net = self.net.eval()
+        return lambda batch: torch.stack(list(task.losses(net(batch.x), batch).values())).sum()
+
+    def weights(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """The float weight of each of these layers."""
+        return {site.name: self.net.get_parameter(f"{site.name}.weight") for site in sites}
 
 
 class Run:
@@ -167,9 +183,12 @@ class Method(L.LightningModule):
     changes_net: bool = True
     bits: Sequence[int] = range(2, 9)
     """Widths it can quantize to; ``(32,)`` for a float method."""
+    first_last: Literal["8bit", "fp", "same"] = "8bit"
+    """Its own policy for the first and the last layer, where the run asks for ``native``."""
     views: int = 1
     """How many augmented views of each image a batch carries (`Batch.x`, `Batch.views`)."""
-    teacher: ClassVar[TeacherKind | None] = None
+    teacher: TeacherKind | None = None
+    """Whose outputs on the same images `losses` finds in `Out.teacher`."""
     alters: ClassVar[frozenset[str]] = frozenset()
     """Of logits, joint, head, norm, step: what cannot be altered twice in one chain."""
     test_params: ClassVar[Mapping[str, Any]] = {}
@@ -208,16 +227,67 @@ class Method(L.LightningModule):
 
     # --- build: called once, the inner method first where it says so ----------------------------------------------------------
 
-    def plan(self, sites: Sequence[Site], bits: Bits, probe: Probe) -> dict[str, Bits]:
+    @property
+    def candidates(self) -> Sequence[int]:
+        """Widths that a mixed-precision plan may choose from."""
+        return self.bits
+
+    def plan(self, sites: Sequence[Site], bits: Bits | Budget, probe: Probe) -> dict[str, Bits]:
         """Bits of every layer. Default: ``bits`` everywhere but in the first and the last layer, as the run's ``first_last`` says.
+
+        Under a budget the widths are those that keep the average and do the least `harm`, by exact dynamic programming.
 
         Args:
             sites: The network's sites, in order of execution.
-            bits: What the run asks for; a mixed-precision plan keeps this average over the inner layers' weights.
+            bits: What the run asks for; a budget is shared by all layers but, unless ``first_last`` is ``same``, first and last.
             probe: Float network and probe batch, to measure sensitivity.
         """
-        edge = edge_bits(self.spec.first_last, bits)
-        return {site.name: edge if site.edge else bits for site in sites if site.kind == "layer"}
+        layers = [site for site in sites if site.kind == "layer"]
+        policy = self.first_last if self.spec.first_last == "native" else self.spec.first_last
+        free = layers if policy == "same" else [site for site in layers if not site.edge]
+        if isinstance(bits, Budget):
+            harm = self.harm(free, self.candidates, probe)
+            widths = self.allocate(harm, {site.name: site.weights for site in free}, bits.w)
+            chosen = {name: Bits(width, bits.a) for name, width in widths.items()}
+        else:
+            chosen = {site.name: bits for site in free}
+        return {site.name: chosen[site.name] if site.name in chosen else edge_bits(policy, bits) for site in layers}
+
+    def harm(self, sites: Sequence[Site], widths: Sequence[int], probe: Probe) -> dict[str, dict[int, float]]:
+        """Layer -> width -> how much the loss minds, in any one unit.
+
+        Default: the average Hessian trace of the float network x the squared error of the method's own quantizer (HAWQ-V2).
+
+        Args:
+            sites: The layers that share the budget.
+            widths: The candidates.
+            probe: Float network and probe batch.
+        """
+        weights, seed = probe.weights(sites), seed_for("sensitivity", self.spec.seed)
+        traces = hessian_trace(probe.loss(self.task), probe.batch, weights, seed=seed)
+        return second_order(traces, weights, widths, self.quantized(sites, probe))
+
+    def quantized(self, sites: Sequence[Site], probe: Probe) -> Callable[[str, int], Tensor]:
+        """A function of a layer's name and a width: the float weight as the method's own quantizer makes it at the start."""
+        by_name, weights = {site.name: site for site in sites}, probe.weights(sites)
+
+        @torch.no_grad()
+        def at_width(name: str, width: int) -> Tensor:
+            quantizer = self.weight_quantizer(width, by_name[name], self.scope).to(weights[name].device).eval()
+            quantizer.fit(weights[name])
+            return quantizer(weights[name])
+
+        return at_width
+
+    def allocate(self, harm: Costs, sizes: Mapping[str, int], budget: float) -> dict[str, int]:
+        """Width of each layer under a budget. Default: the least harm, exactly; see `bench.quant.allocate`.
+
+        Args:
+            harm: What `harm` returned.
+            sizes: Weights of each layer.
+            budget: Average bits a weight.
+        """
+        return allocate(harm, sizes, budget)
 
     def weight_quantizer(self, bits: int, site: Site, scope: Scope) -> Quantizer:
         """The quantizer of a layer's weight; not called at 32 bits."""
@@ -305,7 +375,7 @@ class Method(L.LightningModule):
         self.net = net
         self.probe, self.sites, self.bit_plan = parts.probe, parts.sites, parts.plan
         self.tap_names = tuple(dict.fromkeys(name for m in self.members for name in m.taps(parts.sites)))
-        kinds = {m.teacher for m in self.members} - {None}
+        self._teachers = kinds = {m.teacher for m in self.members} - {None}
         # The float teacher stays outside the module tree: it is neither trained nor saved.
         self._float_teacher = [parts.float_net.eval().requires_grad_(False)] if "float" in kinds else []
         if "ema" in kinds:
@@ -315,6 +385,13 @@ class Method(L.LightningModule):
         self.losses_seen: dict[str, Tensor] = {}
         self.steps_seen = 0
         self.metrics: dict[str, float] = {}
+
+    def train(self, mode: bool = True) -> Self:
+        """As in torch; the `ema` teacher stays in eval mode, whoever asks."""
+        super().train(mode)
+        if hasattr(self, "ema"):
+            self.ema.eval()
+        return self
 
     @property
     def data(self) -> DataModule:
@@ -327,19 +404,24 @@ class Method(L.LightningModule):
         with self._autocast():
             with _tracking(self.net, track):
                 out = _forward(self.net, batch.x, self.tap_names)
-            if self._float_teacher or hasattr(self, "ema"):
-                out = Out(out.logits, out.taps, self._teach(batch.x))
+            if self._teachers:
+                out = Out(out.logits, out.taps, self._teach(batch))
             return self.losses(out, batch)
 
-    def _teach(self, x: Tensor) -> dict[str, Out]:
-        nets: dict[str, nn.Module] = {}
+    def _teach(self, batch: Batch) -> dict[str, Out]:
+        # What the student shall agree with whatever the augmentation is shown the other view. The float network is not: what it
+        # says of an image is the target for that image, and its features are compared with the student's place by place.
+        other = batch.views[0] if batch.views else batch.x
+        shown: dict[str, tuple[nn.Module, Tensor]] = {}
         if self._float_teacher:
-            nets["float"] = self._float_teacher[0]
+            shown["float"] = self._float_teacher[0], batch.x
         if hasattr(self, "ema"):
-            nets["ema"] = self.ema
+            shown["ema"] = self.ema, other
+        if "student" in self._teachers:
+            shown["student"] = self.net, other
         track, self.scope.track = self.scope.track, False
-        with torch.no_grad():
-            outs = {kind: _forward(net, x, self.tap_names) for kind, net in nets.items()}
+        with torch.no_grad(), _tracking(self.net, "student" not in self._teachers):
+            outs = {kind: _forward(net, x, self.tap_names) for kind, (net, x) in shown.items()}
         self.scope.track = track
         return outs
 
@@ -430,8 +512,6 @@ class Method(L.LightningModule):
         self.scope.epoch, self.scope.step = epoch, epoch * self.data.steps
         self.losses_seen, self.steps_seen = {}, 0
         run.opt = self.optimizers()
-        if hasattr(self, "ema"):
-            self.ema.eval()
         with torch.no_grad():
             if passed == 0:
                 for member in self.members:
@@ -514,15 +594,25 @@ class Wrapper(Method):
         super().__init__(params)
         self.inner = inner
         self.trains, self.bits, self.views = inner.trains, inner.bits, max(self.views, inner.views)
+        self.first_last = inner.first_last
 
     @property
     def members(self) -> list[Method]:
         """The inner method's members, then this wrapper."""
         return [*self.inner.members, self]
 
-    def plan(self, sites: Sequence[Site], bits: Bits, probe: Probe) -> dict[str, Bits]:
+    @property
+    def candidates(self) -> Sequence[int]:
+        """The inner method's."""
+        return self.inner.candidates
+
+    def plan(self, sites: Sequence[Site], bits: Bits | Budget, probe: Probe) -> dict[str, Bits]:
         """The inner method's."""
         return self.inner.plan(sites, bits, probe)
+
+    def harm(self, sites: Sequence[Site], widths: Sequence[int], probe: Probe) -> dict[str, dict[int, float]]:
+        """The inner method's."""
+        return self.inner.harm(sites, widths, probe)
 
     def weight_quantizer(self, bits: int, site: Site, scope: Scope) -> Quantizer:
         """The inner method's."""
@@ -616,7 +706,7 @@ def _tracking(net: nn.Module, on: bool) -> contextlib.AbstractContextManager:
 
 def _forward(net: nn.Module, x: Tensor, tap_names: Iterable[str]) -> Out:
     taps: dict[str, Tap] = {}
-    handles = [net.get_submodule(name).register_forward_hook(_recorder(taps, name)) for name in tap_names]
+    handles = [handle for name in tap_names for handle in _record(taps, name, net.get_submodule(name))]
     try:
         logits = net(x)
     finally:
@@ -625,13 +715,22 @@ def _forward(net: nn.Module, x: Tensor, tap_names: Iterable[str]) -> Out:
     return Out(logits, taps)
 
 
-def _recorder(taps: dict[str, Tap], name: str) -> Any:
-    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        quantizer = module.act_quantizer if isinstance(module, QuantLayer) else None
-        quantized = None if quantizer is None else quantizer(inputs[0])
-        taps[name] = Tap(output, quantized, None if quantizer is None else step_of(quantizer), inputs)
+def _record(taps: dict[str, Tap], name: str, module: nn.Module) -> list[RemovableHandle]:
+    """Hooks that leave the module's tap when it runs."""
+    quantizer = module.act_quantizer if isinstance(module, QuantLayer) else None
+    on_grid: list[Tensor] = []
 
-    return record
+    def keep(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        on_grid.append(output)
+
+    def record(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        step = None if quantizer is None else step_of(quantizer)
+        taps[name] = Tap(output, on_grid.pop() if on_grid else None, step, inputs)
+
+    handles = [module.register_forward_hook(record)]
+    if quantizer is not None:  # called a second time it would cost as much again, and may draw other random numbers
+        handles.append(quantizer.register_forward_hook(keep))
+    return handles
 
 
 def _follow(teacher: nn.Module, student: nn.Module) -> None:

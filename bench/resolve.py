@@ -9,10 +9,11 @@ from typing import Any
 from .augment import find_augment
 from .chain import build, chain_params, members, normal_name
 from .data import Loaded, find_data, make_splits, make_task, open_data, parse_protocol
-from .errors import UserError
+from .errors import UserError, nearest
 from .method import Method
 from .registry import find, plugin
-from .spec import FLOAT_BITS, RunSpec, canonical_json, content_hash, parse_bits
+from .site import LAYERS
+from .spec import FLOAT_BITS, Bits, Budget, RunSpec, canonical_json, content_hash, parse_bits
 from .task import Task
 
 HARNESS = 1
@@ -50,7 +51,14 @@ class Resolved:
         """The float network's own training, as a spec."""
         spec = self.spec
         update = {"method": "fp32", "params": {}, "bits": "w32a32", "epochs": spec.float_epochs, "lr": spec.float_lr}
-        plain = {"clip": None, "accumulate": 1, "selection": "last", "first_last": "8bit", "calibration": 1}
+        plain = {
+            "clip": None,
+            "accumulate": 1,
+            "selection": "last",
+            "first_last": "8bit",
+            "calibration": 1,
+            "plan": None,
+        }
         return spec.model_copy(update={**update, **plain})
 
 
@@ -80,7 +88,12 @@ def resolve(spec: RunSpec, *, data_root: Path | None, cache: Path) -> Resolved:
     find_augment(spec.augment, loaded.augment)  # refuses an unknown name
     augment = loaded.augment if spec.augment == "default" else spec.augment
     update |= {"bits": _bits(method, name, spec), "augment": augment}
-    update |= _without_effect(method, name)
+    if spec.first_last == "native":
+        update["first_last"] = method.first_last
+    if spec.plan is not None:
+        _check_plan(method, name, spec, loaded, _task(loaded, protocol, spec.seed))
+        update["first_last"] = "8bit"  # the plan says it all
+    update |= _without_effect(method)
     normal = spec.model_copy(update=update)
     code = {"harness": str(HARNESS), **{f"method {c.name}": _version("methods", c.name) for c in chain}}
     ground = {
@@ -120,26 +133,62 @@ def _bits(method: Method, name: str, spec: RunSpec) -> str:
     """The bits in normal form: a float method has w32a32 whatever was asked for."""
     if tuple(method.bits) == (FLOAT_BITS,):
         return f"w{FLOAT_BITS}a{FLOAT_BITS}"
-    widths = parse_bits(spec.bits)
+    if spec.plan is not None:
+        return spec.bits
+    asked = parse_bits(spec.bits)
+    if isinstance(asked, Budget):
+        _check_budget(method, name, spec.bits, asked)
+    else:
+        _check_widths(method, name, spec.bits, asked)
+        if asked == (FLOAT_BITS, FLOAT_BITS):
+            raise UserError(f"{name} at {spec.bits} quantizes nothing; use method fp32, or fewer bits")
+    return spec.bits
+
+
+def _check_widths(method: Method, name: str, text: str, widths: Bits) -> None:
     allowed = (*method.bits, FLOAT_BITS)
     for kind, width in zip(("weights", "activations"), widths, strict=True):
         if width not in allowed:
             raise UserError(
-                f"{name} takes {min(method.bits)} to {max(method.bits)} bits for {kind} (or 32), not {spec.bits}"
+                f"{name} takes {min(method.bits)} to {max(method.bits)} bits for {kind} (or 32), not {text}"
             )
-    if widths == (FLOAT_BITS, FLOAT_BITS):
-        raise UserError(f"{name} at {spec.bits} quantizes nothing; use method fp32, or fewer bits")
-    return spec.bits
 
 
-def _without_effect(method: Method, name: str) -> dict[str, Any]:
+def _check_budget(method: Method, name: str, text: str, budget: Budget) -> None:
+    low, high = min(method.candidates), max(method.candidates)
+    if not low <= budget.w <= high:
+        raise UserError(
+            f"{name} at {text}: its layers take {', '.join(map(str, method.candidates))} bits, so an average is {low} to {high}, "
+            f"not {budget.w:g}"
+        )
+    _check_widths(method, name, text, Bits(low, budget.a))
+
+
+def _check_plan(method: Method, name: str, spec: RunSpec, loaded: Loaded, task: Task) -> None:
+    """Refuse a plan that names a layer which the network does not have, leaves one out, or gives it bits that are not to be had."""
+    assert spec.plan is not None
+    if tuple(method.bits) == (FLOAT_BITS,):
+        return
+    net = find("networks", spec.network)(loaded.domains[0].images.shape[1], task.outputs)
+    layers = [n for n, module in net.named_modules() if isinstance(module, LAYERS)]
+    for layer, bits in spec.plan.items():
+        if layer not in layers:
+            raise UserError(f"plan: {spec.network} has no layer {layer!r}{nearest(layer, layers)}")
+        _check_widths(method, name, f"w{bits.w}a{bits.a} ({layer})", bits)
+    missing = [layer for layer in layers if layer not in spec.plan]
+    if missing:
+        raise UserError(f"plan: layer {missing[0]!r} of {spec.network} is missing ({len(missing)} of {len(layers)}); "
+                        "give w32a32 to what shall stay in float")  # fmt: skip
+
+
+def _without_effect(method: Method) -> dict[str, Any]:
     """Defaults for the settings that cannot move this method's number, so that cells which mean the same are one cell."""
     default = {k: f.default for k, f in RunSpec.model_fields.items()}
     update: dict[str, Any] = {}
     if not method.trains:
         update |= {"epochs": 0} | {k: default[k] for k in ("lr", "clip", "accumulate", "selection")}
     if tuple(method.bits) == (FLOAT_BITS,) and not any(m.changes_net for m in method.members):
-        update |= {k: default[k] for k in ("first_last", "calibration")}
+        update |= {"first_last": "8bit", "calibration": default["calibration"], "plan": None}
     return update
 
 

@@ -18,6 +18,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,9 @@ from .fit import (
     validate,
 )
 from .method import Method
-from .quant import cost, count_levels
+from .quant import audit, cost
 from .registry import ROOT, find
-from .resolve import Resolved
+from .resolve import Resolved, resolve
 from .seeds import seed_for
 from .spec import RunSpec
 from .store import FULL, Store, write_json
@@ -185,6 +186,48 @@ def train_float(
     return folder
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A finished run, rebuilt from what the store holds.
+
+    Attributes:
+        record: The run's record.
+        method: In eval mode, on the CPU, with the weights that the protocol selected (of ``best_per_domain``: those of the mean).
+        data: The run's data; the run has opened its test split already, so ``open_test()`` answers, once.
+    """
+
+    record: dict[str, Any]
+    method: Method
+    data: DataModule
+
+
+def load_run(store: Store, run_id: str, *, data_root: Path | None = None) -> Finished:
+    """Rebuild a finished run: its network with the trained weights, its method and its data.
+
+    Args:
+        store: Where it lies.
+        run_id: Its id, or the beginning of it.
+        data_root: Where the user keeps data sets.
+
+    Raises:
+        UserError: There is no such run, it is not done, or it cannot be rebuilt here.
+    """
+    run_id = store.find(run_id)
+    record = store.read(run_id)
+    if record is None:
+        path, reason = store.aside[-1]
+        raise UserError(f"{path} {reason}")
+    if record["status"] != "done":
+        raise UserError(f"run {run_id} is {record['status']} ({record['reason']}); only a run that is done has a network")
+    resolved = resolve(RunSpec(**record["spec"]), data_root=data_root, cache=store.cache)
+    if resolved.run_id != run_id:
+        raise UserError(f"run {run_id} was made by other code, settings or data than are here now; run it again")
+    session = _Session(resolved, store, torch.device("cpu"), store.path(run_id), data_root, None, None)
+    method = session.rebuild(store.float_path(resolved.float_id))
+    session.data.training_ended = True
+    return Finished(record, method, session.data)
+
+
 class _Session:
     """What one training needs: data, network, method, and where it writes."""
 
@@ -254,6 +297,27 @@ class _Session:
             "provenance": self._data_provenance(),
         }
 
+    def rebuild(self, float_folder: Path) -> Method:
+        """The method as it was when the run ended. One that did not train is assembled anew, from the same network and probe."""
+        spec, last = self.spec, self.folder / LAST
+        trained = spec.epochs > 0 and build(spec.method, spec.params).trains
+        saved = read_checkpoint(last) if trained else None
+        if trained and saved is None:
+            raise UserError(f"{last} is missing, and the trained weights with it; move the run's folder away and run it again")
+        if not trained and not (float_folder / "net.pt").exists():
+            raise UserError(f"{float_folder / 'net.pt'} is missing, the float network; any new run from it makes it again")
+        net = self._network(None if trained else float_folder)
+        plan = None if saved is None else saved["qatbench"]["plan"]
+        method = assemble(spec, net, self.data.task, self.data.probe(spec.calibration), plan)
+        if saved is not None:
+            weights = next(iter(selected(spec.selection, self.folder, [""])))
+            state = saved["state_dict"] if weights is None else torch.load(weights, weights_only=True, map_location="cpu")
+            try:
+                method.load_state_dict(state)
+            except RuntimeError as error:
+                raise other_code(last, error) from error
+        return method.eval()
+
     def _data_provenance(self) -> dict[str, Any]:
         """What the number was measured on: the split, its sizes, and the training images of each class."""
         task, splits = self.data.task, self.data.splits
@@ -316,14 +380,13 @@ class _Session:
         method = self.method
         with torch.no_grad():
             method.scope.domain, method.scope.track = method.probe.domain, False
-            levels = count_levels(method.net, method.probe.x)
+            levels = audit(method.net, method.probe.x)
         for name, counts in levels.items():
             for count, bits in zip(counts, method.bit_plan[name], strict=True):
                 if count is not None and count > 2**bits:
                     raise RunFailed(f"{name} takes {count} codes at {bits} bits: it is not a {bits}-bit layer")
-        parameters = sum(p.numel() for p in method.net.parameters())
         return {
-            **cost(method.sites, method.bit_plan, parameters),
+            **cost(method.sites, method.bit_plan, method.net),
             "levels_max": {name: list(counts) for name, counts in levels.items()},
             "plan": {name: list(bits) for name, bits in method.bit_plan.items()},
         }
@@ -424,6 +487,7 @@ def _logging_to(path: Path) -> Iterator[None]:
     logging.captureWarnings(True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # the ema teacher is meant to be
         try:
             yield
         finally:

@@ -74,6 +74,9 @@ class Site:
         macs: multiply-accumulates per image; 0 for norms and joints.
         weights: elements of the weight (no bias); 0 where there is none.
         inputs: input elements per image, over all branches of a joint.
+        in_channels: channels of a layer's input; 0 elsewhere.
+        live: what is in memory while a layer runs (its input, its output, what waits): elements per image of each tensor, and
+            the layers that read it; no layers where something else reads it, a joint for example.
         edge: whether it is the first or the last layer that runs.
         signed_input: whether an input was negative; False after a ReLU.
         norm: name of the layer's own norm: it takes every output of this layer and nothing else.
@@ -86,6 +89,8 @@ class Site:
     macs: int = 0
     weights: int = 0
     inputs: int = 0
+    in_channels: int = 0
+    live: tuple[tuple[int, tuple[str, ...]], ...] = ()
     edge: bool = False
     signed_input: bool = False
     norm: str | None = None
@@ -102,6 +107,8 @@ class _Call:
     outputs: int
     signed: bool
     source: str | None  # the layer whose output, untouched, is the input
+    takes: tuple[int, ...]  # ids of the input tensors
+    gives: int  # and of the output
 
 
 def find_sites(net: nn.Module, image: tuple[int, int, int]) -> list[Site]:
@@ -130,11 +137,12 @@ def find_sites(net: nn.Module, image: tuple[int, int, int]) -> list[Site]:
     pairs = Counter((call.source, call.name) for call in calls if call.source and isinstance(call.module, NORMS))
     own = {layer: norm for (layer, norm), n in pairs.items() if n == runs[layer] == runs[norm]}
 
+    live = _live(calls)
     sites = []
     for name in runs:  # a Counter keeps the order of first counting
         site = _site([call for call in calls if call.name == name])
         if site.kind == "layer":
-            site = replace(site, edge=name in edges, norm=own.get(name))
+            site = replace(site, edge=name in edges, norm=own.get(name), live=live[name])
         sites.append(site)
         if order and name == order[-1] and isinstance(modules[name], nn.Linear):
             sites.append(replace(site, kind="head"))
@@ -160,14 +168,16 @@ def _site_modules(net: nn.Module) -> dict[str, nn.Module]:
 def _trace(net: nn.Module, modules: dict[str, nn.Module], image: tuple[int, int, int]) -> list[_Call]:
     """Run ``net`` once and note each execution of ``modules``."""
     calls: list[_Call] = []
-    # id -> (layer, its output, a copy). The output is kept, so that its id stays taken; the copy tells whether
-    # something like an in-place ReLU has changed it before it reached the norm.
-    produced: dict[int, tuple[str, Tensor, Tensor]] = {}
+    kept: list[Tensor] = []  # so that ids stay taken
+    # id -> (layer, a copy of its output), which tells whether something like an in-place ReLU has changed it before it
+    # reached the norm.
+    produced: dict[int, tuple[str, Tensor]] = {}
 
     def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if not all(bool(x.isfinite().all()) for x in inputs):
             raise ValueError(f"the input of {name} is not finite on random images; its sign cannot be told")
-        layer, _, copy = produced.get(id(inputs[0]), (None, None, inputs[0]))
+        layer, copy = produced.get(id(inputs[0]), (None, inputs[0]))
+        kept.extend((*inputs, output))
         calls.append(
             _Call(
                 name=name,
@@ -177,10 +187,12 @@ def _trace(net: nn.Module, modules: dict[str, nn.Module], image: tuple[int, int,
                 outputs=output.numel() // TRACED,
                 signed=any(bool((x < 0).any()) for x in inputs),
                 source=layer if torch.equal(copy, inputs[0]) else None,
+                takes=tuple(map(id, inputs)),
+                gives=id(output),
             )
         )
         if isinstance(module, LAYERS):
-            produced[id(output)] = (name, output, output.clone())
+            produced[id(output)] = (name, output.clone())
 
     like = next(net.parameters(), torch.empty(0))
     x = torch.randn(TRACED, *image, generator=torch.Generator().manual_seed(0)).to(like)
@@ -195,6 +207,38 @@ def _trace(net: nn.Module, modules: dict[str, nn.Module], image: tuple[int, int,
         for module, mode in modes.items():  # one by one: a frozen norm may be in eval mode in a training network
             module.training = mode
     return calls
+
+
+def _live(calls: list[_Call]) -> dict[str, tuple[tuple[int, tuple[str, ...]], ...]]:
+    """`Site.live` of each layer. Norms and activation functions count as part of the layer before them."""
+    size: dict[int, int] = {}
+    reads: dict[int, list[int]] = {}  # tensor -> when layers and joints read it
+    made: dict[int, int] = {}  # by a norm
+    for k, call in enumerate(calls):
+        if isinstance(call.module, NORMS):
+            size[call.gives], made[call.gives] = call.outputs, k
+            continue
+        for tensor in call.takes:
+            size.setdefault(tensor, call.inputs // len(call.takes))
+            reads.setdefault(tensor, []).append(k)
+
+    def readers(tensor: int) -> tuple[str, ...]:
+        whole = all(isinstance(calls[k].module, LAYERS) for k in reads[tensor])
+        return tuple(dict.fromkeys(calls[k].name for k in reads[tensor])) if whole else ()
+
+    live: dict[str, tuple[tuple[int, tuple[str, ...]], ...]] = {}
+    for k, call in enumerate(calls):
+        if not isinstance(call.module, LAYERS):
+            continue
+        follower = next((c for c in calls[k + 1 :] if isinstance(c.module, LAYERS)), None)
+        out = next(
+            (c.gives for c in calls[k + 1 :] if call.gives in c.takes and isinstance(c.module, NORMS)), call.gives
+        )
+        next_readers = readers(out) if out in reads else (follower.name,) if follower else ()
+        waiting = [t for t, when in reads.items() if made.get(t, when[0]) <= k <= when[-1] and t != out]
+        found = (*((size[t], readers(t)) for t in waiting), (call.outputs, next_readers))
+        live[call.name] = max(live.get(call.name, ()), found, key=lambda tensors: sum(n for n, _ in tensors))
+    return live
 
 
 def _site(calls: list[_Call]) -> Site:
@@ -223,4 +267,5 @@ def _site(calls: list[_Call]) -> Site:
     assert isinstance(module, LAYERS)
     # A weight is [out, in / groups, ...]: each output element costs one row of it, whatever the shape of the output.
     macs = sum(call.outputs for call in calls) * module.weight[0].numel()
-    return replace(site, channels=(module.weight.shape[0],), macs=macs)
+    in_channels = module.in_channels if isinstance(module, nn.Conv2d) else module.in_features
+    return replace(site, channels=(module.weight.shape[0],), in_channels=in_channels, macs=macs)

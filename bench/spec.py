@@ -7,9 +7,10 @@ import itertools
 import json
 import re
 import reprlib
-from typing import Annotated, Any, Literal, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import UserError, nearest
 
@@ -17,13 +18,67 @@ Model = TypeVar("Model", bound=BaseModel)
 
 FLOAT_BITS = 32
 _BITS = re.compile(r"w(\d{1,2})a(\d{1,2})")
+_BUDGET = re.compile(r"avg(\d{1,2}(?:\.\d{1,4})?)(?:a(\d{1,2}))?")
+_PLAN = re.compile(r"plan-[0-9a-f]{8}")
 _WIDTHS = (*range(1, 9), FLOAT_BITS)
+
+
+class Bits(NamedTuple):
+    """Bits of a layer's weight and of its input; 32 is float."""
+
+    w: int
+    a: int
+
+
+class Budget(NamedTuple):
+    """The average bits that the weights may have, over the layers that share it, and the bits of their inputs."""
+
+    w: float
+    a: int
 
 
 class Frozen(BaseModel):
     """The base of every specification and of every ``Params``: immutable, an unknown key is an error, no NaN or infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+def _read_plan(value: Any) -> Any:
+    """A plan as given, or out of a file: a mapping of layers to ``w4a4``, or a run's record."""
+    if isinstance(value, str):
+        import yaml
+
+        try:
+            found = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            reason = getattr(error, "strerror", None) or "it is not YAML"
+            raise ValueError(f"plan {value} cannot be read: {reason}; give a YAML file of lines LAYER: w4a4") from None
+        if isinstance(found, dict) and isinstance(found.get("cost"), dict):
+            found = found["cost"].get("plan")
+        if not isinstance(found, dict):
+            raise ValueError(
+                f"plan {value} holds no plan; give a YAML file of lines LAYER: w4a4, or a run's result.json"
+            )
+        value = found
+    if not isinstance(value, dict):
+        return value
+    return {str(layer): _plan_bits(layer, bits) for layer, bits in value.items()}
+
+
+def _plan_bits(layer: Any, bits: Any) -> Any:
+    if isinstance(bits, list | tuple) and len(bits) == 2:
+        bits = f"w{bits[0]}a{bits[1]}"
+    try:
+        parsed = parse_bits(str(bits))
+    except ValueError as error:
+        raise ValueError(f"plan of layer {layer}: {error}") from None
+    if isinstance(parsed, Budget):
+        raise ValueError(f"plan of layer {layer}: {bits} is an average; a layer takes wXaY")
+    return parsed
+
+
+Plan = Annotated[dict[str, Bits], BeforeValidator(_read_plan), Field(min_length=1)]
+FirstLast = Literal["native", "8bit", "fp", "same"]
 
 
 class Recipe(Frozen):
@@ -49,7 +104,14 @@ class Recipe(Frozen):
         "fp32", description="fp16 is refused: its loss scaling corrupts gradients read in a step"
     )
     threads: int = Field(1, ge=1, le=1024, description="CPU threads a run; another number gives other weights")
-    first_last: Literal["8bit", "fp", "same"] = Field("8bit", description="bits of the first and the last layer")
+    compile: bool = Field(
+        False,
+        description="fuse elementwise quantizers by torch.compile: faster, other roundings; some seconds to compile",
+    )
+    first_last: FirstLast = Field(
+        "native", description="bits of the first and the last layer; native: the method's own policy"
+    )
+    plan: Plan | None = Field(None, description="layer -> bits, or a YAML file of that; it takes the place of `bits`")
     selection: Literal["last", "best", "best_per_domain"] = Field(
         "last", description="which epoch, by validation accuracy"
     )
@@ -63,7 +125,12 @@ class Recipe(Frozen):
         return value
 
 
-Bits = Annotated[str, Field(description="wXaY: X bits for weights, Y for activations")]
+BitsText = Annotated[
+    str,
+    Field(
+        description="wXaY: X bits for weights, Y for activations; avgB: layers of B bits on average, inputs of round(B)"
+    ),
+]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -78,14 +145,22 @@ class RunSpec(Recipe):
         "there are several domains",
     )
     network: str = "resnet8"
-    bits: Bits = "w4a4"
+    bits: BitsText = "w4a4"
     seed: Seed = 0
 
     @field_validator("bits")
     @classmethod
     def _bits(cls, value: str) -> str:
-        w, a = parse_bits(value)
-        return f"w{w}a{a}"
+        return value if _PLAN.fullmatch(value) else bits_text(parse_bits(value))
+
+    @model_validator(mode="after")
+    def _planned(self) -> RunSpec:
+        """A plan names the bits, by its hash."""
+        if self.plan is not None:
+            object.__setattr__(self, "bits", f"plan-{content_hash(self.plan)[:8]}")
+        elif _PLAN.fullmatch(self.bits):
+            raise ValueError(f"bits {self.bits!r} name a plan; give it as plan=FILE")
+        return self
 
     def canonical(self) -> str:
         """Canonical JSON: sorted keys, no spaces, every default written out, floats in their shortest form."""
@@ -102,14 +177,22 @@ def _as_tuple(value: Any) -> Any:
 
 
 Several = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
-AXES = ("data", "data_params", "protocol", "network", "method", "bits", "seed")
+AXES = ("data", "data_params", "protocol", "network", "method", "params", "bits", "seed")
 
 
 class SuiteSpec(Recipe):
-    """A suite: a `RunSpec` in which data, data_params, protocol, network, method, bits and seed may each be a list."""
+    """A suite: a `RunSpec` in which data, data_params, protocol, network, method, params, bits and seed may each be a list.
+
+    First and last layers have one policy for all methods, unless the suite says otherwise.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     description: str = ""
+    first_last: FirstLast = Field(
+        "8bit", description="bits of the first and the last layer; native: each method's own policy"
+    )
+    also: tuple[dict[str, Any], ...] = Field((), description="more cells: keys that differ from the suite's own")
+    params: Annotated[tuple[dict[str, dict[str, Any]], ...], BeforeValidator(_as_tuple), Field(min_length=1)] = ({},)  # type: ignore[assignment]
     method: Several
     data: Several = ("optdigits",)
     data_params: Annotated[tuple[dict[str, Any], ...], BeforeValidator(_as_tuple), Field(min_length=1)] = ({},)  # type: ignore[assignment]
@@ -119,14 +202,20 @@ class SuiteSpec(Recipe):
     seed: Annotated[tuple[Seed, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (0,)
 
     def cells(self) -> list[RunSpec]:
-        """Every combination, as it was asked for (`resolve` normalises it)."""
-        common = {k: v for k, v in self.model_dump().items() if k not in (*AXES, "name", "description")}
+        """Every combination, then those of ``also``, as they were asked for (`resolve` normalises them)."""
+        own = self.model_dump(exclude={"also"})
+        common = {k: v for k, v in own.items() if k not in (*AXES, "name", "description")}
         points = itertools.product(*(getattr(self, axis) for axis in AXES))
-        specs = [dict(zip(AXES, point, strict=True)) for point in points]
         where = f"suite {self.name}"
-        return [
-            validated(RunSpec, {**common, **s, "params": params_of(s["method"], self.params)}, where) for s in specs
-        ]
+        cells = []
+        for point in points:
+            spec = dict(zip(AXES, point, strict=True))
+            cells.append(
+                validated(RunSpec, {**common, **spec, "params": params_of(spec["method"], spec["params"])}, where)
+            )
+        for more in self.also:
+            cells += validated(SuiteSpec, {**own, **more}, f"{where}, also").cells()
+        return cells
 
 
 def params_of(method: str, params: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -135,20 +224,46 @@ def params_of(method: str, params: dict[str, dict[str, Any]]) -> dict[str, dict[
     return {k: v for k, v in params.items() if k in members}
 
 
-def parse_bits(text: str) -> tuple[int, int]:
-    """``"w4a4"`` -> ``(4, 4)``. One to eight bits, or 32 for float.
+def parse_bits(text: str) -> Bits | Budget:
+    """``"w4a4"`` -> ``Bits(4, 4)``, ``"avg2.81"`` -> ``Budget(2.81, 3)``, ``"avg2.5a4"`` -> ``Budget(2.5, 4)``.
 
     Raises:
-        ValueError: The text is not of the form, or a width is out of range.
+        ValueError: The text is of neither form, or a width is out of range (one to eight bits, or 32 for float).
     """
+    budget = _BUDGET.fullmatch(str(text))
+    if budget is not None:
+        average = float(budget[1])
+        parsed: Bits | Budget = Budget(average, int(budget[2] or _round_half_up(average)))
+        if not 1 <= average <= 8:
+            raise ValueError(f"bits {text!r}: an average is 1 to 8 bits, not {average:g}")
+        _check_widths(text, activations=parsed.a)
+        return parsed
     match = _BITS.fullmatch(str(text))
     if match is None:
-        raise ValueError(f"bits {text!r} are not of the form wXaY, e.g. w4a4 (4-bit weights, 4-bit activations)")
-    widths = (int(match[1]), int(match[2]))
-    for kind, width in zip(("weights", "activations"), widths, strict=True):
+        raise ValueError(
+            f"bits {text!r} are not of the form wXaY, e.g. w4a4 (4-bit weights, 4-bit activations), "
+            "or avgB, e.g. avg2.81 (weights of 2.81 bits on average)"
+        )
+    parsed = Bits(int(match[1]), int(match[2]))
+    _check_widths(text, weights=parsed.w, activations=parsed.a)
+    return parsed
+
+
+def _check_widths(text: str, **widths: int) -> None:
+    for kind, width in widths.items():
         if width not in _WIDTHS:
             raise ValueError(f"bits {text!r}: {kind} take 1 to 8 bits, or 32 for float, not {width}")
-    return widths
+
+
+def _round_half_up(value: float) -> int:
+    return int(value + 0.5)
+
+
+def bits_text(bits: Bits | Budget) -> str:
+    """The shortest text that `parse_bits` takes for this."""
+    if isinstance(bits, Bits):
+        return f"w{bits.w}a{bits.a}"
+    return f"avg{bits.w:g}" + (f"a{bits.a}" if bits.a != _round_half_up(bits.w) else "")
 
 
 def canonical_json(value: Any) -> str:

@@ -37,7 +37,7 @@ def make_splits(loaded: Loaded, seed: int) -> dict[str, Split]:
     The official test part is used where there is one; elsewhere a fifth of the groups is drawn. Val (`loaded.params.val`)
     is cut from what is left. Whole groups move: images that come from one source are in the same part in every domain. A
     class keeps at least one training image. With `imbalance`, train and val together are the long-tailed list, and test is
-    cut to equal classes. `limit` bounds train and val together and leaves test whole.
+    cut to equal classes; with `balance`, train and val are. `limit` bounds train and val together and leaves test whole.
 
     Raises:
         UserError: A domain has too few images, or the imbalance would empty a class that its rule keeps.
@@ -52,6 +52,8 @@ def make_splits(loaded: Loaded, seed: int) -> dict[str, Split]:
         if params.imbalance is not None:
             train, val = _long_tail(train, val, domain.labels, len(loaded.classes), params, rng)
             test = _balanced(test, domain.labels, rng)
+        if params.balance:
+            train, val = (_balanced(part, domain.labels, rng) for part in (train, val))
         if params.limit is not None:
             most_val = max(1, round(params.limit * params.val)) if params.val else 0
             train = _limit(train, domain.labels, max(1, params.limit - most_val), rng)

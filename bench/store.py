@@ -24,7 +24,7 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from .errors import UserError
+from .errors import UserError, nearest
 
 SCHEMA = 1
 STATUSES = ("done", "failed", "skipped")
@@ -32,6 +32,7 @@ RECORD = "result.json"
 
 _OWN = frozenset({"float", "suites", "locks", "data"})
 _SECTIONS = ("metrics", "cost", "time", "provenance", "wandb")
+_NAMED = 20  # known runs in a message
 _BIGGEST = 16 * 2**20  # a record is some kilobytes; whatever is larger was not written by us
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -130,6 +131,30 @@ class Store:
             if old and old["status"] == "done":
                 raise UserError(f"run {run_id} is done already: its record in {path} is never overwritten")
             write_json(path, record)
+
+    def find(self, text: str) -> str:
+        """The id of the run that has a record and whose id begins with ``text``.
+
+        Raises:
+            UserError: There is none (the nearest is named), or more than one.
+        """
+        known = [run_id for run_id in self._folders() if (self.root / run_id / RECORD).exists()]
+        if text in known:
+            return text
+        found = [run_id for run_id in known if text and run_id.startswith(text)]
+        if len(found) > 1:
+            raise UserError(f"run {text!r} may be any of {', '.join(found[:_NAMED])}; give more of its id")
+        if not found:
+            hint = nearest(text, known) if len(known) <= _NAMED else f"; it holds {len(known):,} others"
+            raise UserError(f"there is no run {text!r} in store {self.root}{hint}")
+        return found[0]
+
+    def add(self, run_id: str, section: str, value: dict[str, Any]) -> None:
+        """Put what was found out after a run into its record, under a key of its own; nothing else in the record changes."""
+        path = self.path(run_id) / RECORD
+        with self.lock(run_id), writing(self.root):
+            record = _load(str(path), run_id)
+            write_json(path, {**record, section: _finite(value)})
 
     # ---- suites
 

@@ -43,7 +43,7 @@ from .task import Task
 CLASSES, IMAGE = 4, (3, 8, 8)
 SPEC: dict[str, Any] = {
     "data": "contract", "network": "resnet8", "bits": "w3a3", "batch": 24, "epochs": 4, "lr": 0.02, "calibration": 48,
-    "protocol": "mdl",
+    "protocol": "mdl", "first_last": "8bit",
 }  # fmt: skip
 
 
@@ -458,8 +458,7 @@ class Loop:
         """One epoch of these batches; the sum of the losses of each step."""
         method, run, losses = self.method.train(), self.run, []
         self.current_epoch = method.scope.epoch = epoch
-        if hasattr(method, "ema"):
-            method.ema.eval()
+        method.scope.step = epoch * self.datamodule.steps
         with torch.no_grad():
             if epoch == 0:
                 for member in method.members:

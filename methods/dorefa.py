@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from ..bench.method import Method
-from ..bench.quant import Quantizer, Scope, UniformQuantizer, round_ste
+from ..bench.quant import Decode, Quantizer, Scope, UniformQuantizer, round_ste
 from ..bench.site import Site
 from ..bench.spec import Frozen
 
@@ -33,6 +33,10 @@ class TanhWeight(Quantizer):
         scale = largest.detach() if self.scale == "max" else torch.ones_like(largest)
         return (t / (2 * largest) + 0.5) * self.qmax, scale
 
+    def constants(self) -> int:
+        """The scale m; in the paper's form there is none."""
+        return int(self.scale == "max")
+
     def _value(self, codes: Tensor, scale: Tensor) -> Tensor:
         return (2 * codes / self.qmax - 1) * scale
 
@@ -41,22 +45,21 @@ class TanhWeight(Quantizer):
         u, scale = self._unit(x)
         return self._value(round_ste(u), scale)
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Any]:
+    def encode(self, x: Tensor) -> tuple[Tensor, Decode]:
         """Codes 0 to n."""
         u, scale = self._unit(x.detach())
         return u.round().int(), lambda codes: self._value(codes.to(scale.dtype), scale)
 
 
-class UnitActivation(Quantizer):
+class UnitActivation(UniformQuantizer):
     """``x_q = round(n clip(x, 0, 1)) / n`` (Eq. 5): nothing is learned and nothing is fitted."""
 
-    def quantize(self, x: Tensor) -> Tensor:
-        """In [0, 1]; the gradient is 1 inside and 0 outside."""
-        return round_ste(x.clamp(0, 1) * self.qmax) / self.qmax
+    def __init__(self, bits: int, site: Site, scope: Scope) -> None:
+        super().__init__(bits, site, scope, signed=False)
+        self.step.fill_(1 / self.qmax)
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Any]:
-        """Codes 0 to n."""
-        return (x.detach().clamp(0, 1) * self.qmax).round().int(), lambda codes: codes.float() / self.qmax
+    def fit(self, x: Tensor) -> None:
+        """The range is [0, 1], whatever the data."""
 
 
 class DoReFa(Method):
@@ -71,6 +74,7 @@ class DoReFa(Method):
     name = "dorefa"
     paper = "Zhou et al., DoReFa-Net, 2016, arXiv 1606.06160"
     fidelity = "paper"
+    first_last = "fp"
 
     class Params(Frozen):
         """Settings of DoReFa."""
@@ -85,6 +89,4 @@ class DoReFa(Method):
 
     def act_quantizer(self, bits: int, site: Site, scope: Scope) -> Quantizer:
         """Clipped to [0, 1]."""
-        return (
-            UniformQuantizer(bits, site, scope, True) if site.signed_input else UnitActivation(bits, site, scope, False)
-        )
+        return UniformQuantizer(bits, site, scope, True) if site.signed_input else UnitActivation(bits, site, scope)

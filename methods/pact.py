@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from ..bench.method import Method
-from ..bench.quant import Quantizer, Scope
+from ..bench.quant import Decode, Quantizer, Scope, grid_codes, redo_grid, round_to_grid
 from ..bench.site import Site
 from ..bench.spec import Frozen
 from .dorefa import TanhWeight
@@ -28,6 +28,7 @@ class LearnedClip(Quantizer):
 
     def __init__(self, bits: int, site: Site, scope: Scope, signed: bool, init: float) -> None:
         super().__init__(bits, site, scope, signed)
+        self.qmin = -self.qmax if signed else 0  # symmetric
         self.init = init
         self.alpha = nn.Parameter(torch.tensor(init))
 
@@ -41,23 +42,17 @@ class LearnedClip(Quantizer):
         """The paper's large starting value, whatever the data."""
         self.alpha.fill_(self.init)
 
-    def _clip(self, x: Tensor) -> Tensor:
-        # By `where`, not `clamp`: at x = alpha the gradient is alpha's, as in the paper.
-        alpha = self.alpha.to(x.dtype)
-        low = -alpha if self.signed else torch.zeros_like(alpha)
-        return torch.where(x >= alpha, alpha, torch.where(x < low, low, x))
-
     def quantize(self, x: Tensor) -> Tensor:
-        """On the grid of alpha / n."""
-        clipped = self._clip(x)
-        codes = (clipped.detach() / self.step.detach()).round()
-        # The value is codes * step; the gradient is that of the clipped input (Eq. 3).
-        return codes * self.step.detach() + (clipped - clipped.detach())
+        """On the grid of alpha / n. The gradient of the step alpha / n, n where x is clipped, is alpha's by the chain rule."""
+        return round_to_grid(x, self.step, self, ste=True)
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Any]:
+    def redo(self, x: Tensor) -> Callable[[], Tensor] | None:
+        """One fused pass."""
+        return redo_grid(x, self.step, self)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Decode]:
         """Codes 0 to n, or -n to n."""
-        step = self.step.detach().clone()
-        return (self._clip(x.detach()) / step).round().int(), lambda codes: codes.to(step.dtype) * step
+        return grid_codes(x, self.step, self)
 
     def project(self) -> None:
         """Keep alpha positive."""
@@ -73,6 +68,7 @@ class PACT(Method):
     name = "pact"
     paper = "Choi et al., PACT: parameterized clipping activation, 2018, arXiv 1805.06085"
     fidelity = "paper"
+    first_last = "fp"
 
     class Params(Frozen):
         """Settings of PACT."""

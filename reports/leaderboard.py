@@ -18,7 +18,7 @@ from .frame import Selection, number, one_line, seed, select
 from .labels import TABLE, canonical, code, labelled, recipe, settings, titled
 
 Record = dict[str, Any]
-COSTS = ("avg_bits_weight", "avg_bits_weight_inner", "avg_bits_act", "size_bytes", "bops")
+COSTS = ("avg_bits_weight", "avg_bits_weight_inner", "avg_bits_act", "size_bytes", "bops", "peak_act_bytes")
 # What a record may hold beside the accuracy: means over domains, but for acc_worst.
 MEASURES = ("acc_id", "acc_ood", "acc_worst", "bacc", "acc_many", "acc_medium", "acc_few", "acc_coarse", "ece")
 
@@ -73,7 +73,7 @@ class Cell:
     label: str
     fidelity: str
     bits: str
-    widths: tuple[int, int]
+    widths: tuple[float, int]
     seeds: tuple[int, ...]
     expected: int
     failed: int
@@ -278,7 +278,7 @@ def _average(values: Iterable[Any]) -> float | None:
     return mean.mean if mean else None
 
 
-def _widths(bits: str) -> tuple[int, int]:
+def _widths(bits: str) -> tuple[float, int]:
     try:
         return parse_bits(bits)
     except ValueError:

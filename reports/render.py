@@ -28,8 +28,9 @@ GLOSSARY = {
     "worst": "the lowest of the domains' means",
     "start": "accuracy of the float network that training started from",
     "weight bits, act. bits": "averages over the network from the actual plan; inner: without the first and last layer",
+    "act., kB": "activations of one image in memory at once, at most: codes where only quantized layers read them, else floats",
     "GBOPs": "billions of bit operations an image: multiply-adds x weight bits x activation bits",
-    "levels": "ok: no quantizer was seen to emit more than 2^bits codes",
+    "levels": "ok: no quantizer was seen to emit more than 2^bits codes in anything that shares a grid",
     "bold": "the best of its bits",
 }
 _MEASURES = {  # of a record -> head of its column, and what it is; acc_ood is the accuracy itself, acc_worst is for scripts
@@ -181,6 +182,7 @@ def cost_columns(table: Table) -> list[Column]:
         Column("act. bits", lambda c: _bits(c, "avg_bits_act")),
         Column("size, kB", lambda c: _amount(_scaled(c.cost["size_bytes"], 1e3), ",.1f")),
         Column("GBOPs", lambda c: _amount(_scaled(c.cost["bops"], 1e9), ".3g")),
+        Column("act., kB", lambda c: _amount(_scaled(c.cost["peak_act_bytes"], 1e3), ",.1f")),
         Column("levels", lambda c: {True: "ok", False: "TOO MANY", None: DASH}[c.levels], numeric=False),
         Column("step, ms", lambda c: _amount(c.step_ms, ".1f")),
     ]

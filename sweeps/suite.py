@@ -21,6 +21,8 @@ def suite_names() -> list[str]:
 def load_suite(name: str) -> SuiteSpec:
     """A suite by its name, or by the path of a YAML file (anything with a slash or ending in .yaml or .yml).
 
+    A plan is looked for beside the suite's file.
+
     Raises:
         UserError: There is no such suite, or the file is not a suite.
     """
@@ -29,6 +31,8 @@ def load_suite(name: str) -> SuiteSpec:
         raise UserError(f"unknown suite {name!r}{nearest(name, suite_names())} (or give the path of a .yaml file)")
     path = Path(name) if is_path else SUITES / f"{name}.yaml"
     values = _read(path)
+    if isinstance(values.get("plan"), str):
+        values["plan"] = str(path.parent / values["plan"])
     return validated(SuiteSpec, {"name": path.stem, **values}, f"suite {path if is_path else name}")
 
 

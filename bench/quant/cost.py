@@ -1,52 +1,85 @@
-"""What a bit plan costs: average bits, bit operations and bytes, computed from the plan and never claimed."""
+"""What a bit plan costs: average bits, bit operations and bytes, computed from the plan and the network and never claimed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any
+
+from torch import nn
 
 from ..site import Site
-from ..spec import FLOAT_BITS
+from ..spec import FLOAT_BITS, Bits, Budget
+from .layer import quant_layers
 
 
-class Bits(NamedTuple):
-    """Bits of a layer's weight and of its input; 32 is float."""
-
-    w: int
-    a: int
-
-
-def edge_bits(policy: str, bits: Bits) -> Bits:
+def edge_bits(policy: str, bits: Bits | Budget) -> Bits:
     """Bits of the first and the last layer under a ``first_last`` policy (``8bit``, ``fp``, ``same``).
 
     What is float in the other layers is float there, too: w2a32 leaves every input in float.
     """
     width = {"8bit": 8, "fp": FLOAT_BITS}.get(policy)
-    return bits if width is None else Bits(*(width if b < FLOAT_BITS else FLOAT_BITS for b in bits))
+    if width is None:
+        if isinstance(bits, Budget):
+            raise ValueError(
+                "under first_last=same the first and the last layer share the budget; they have no bits of their own"
+            )
+        return bits
+    return Bits(*(width if b < FLOAT_BITS else FLOAT_BITS for b in bits))
 
 
-def cost(sites: Sequence[Site], plan: Mapping[str, Bits], parameters: int) -> dict[str, float]:
-    """The cost of one network under a plan.
+def cost(sites: Sequence[Site], plan: Mapping[str, Bits], net: nn.Module) -> dict[str, Any]:
+    """The cost of a quantized network under a plan.
 
     Args:
         sites: The network's sites; layers count.
         plan: Layer -> bits. A layer that the plan does not name is float.
-        parameters: How many parameters the deployed network has; those that are no quantized weight are stored as 32-bit floats.
+        net: The network with its quantizers, of whose parameters and constants the size is made.
 
     Returns:
         ``avg_bits_weight``, over the weights of all layers; ``avg_bits_weight_inner``, without first and last layer;
-        ``avg_bits_act``, over the elements of all layer inputs; ``bops``, bit operations an image: the sum of
-        macs x weight bits x activation bits (Baskin et al. 2021, arXiv 1804.10969, without the accumulator's term);
-        ``size_bytes``, of the parameters.
+        ``avg_bits_act``, over the elements of all layer inputs; ``macs``, multiply-accumulates an image of each layer;
+        ``bops``, bit operations an image: the sum of macs x weight bits x activation bits (Baskin et al. 2021, arXiv
+        1804.10969, without the accumulator's term); ``size_bytes``: weights at their bits, what their quantizers need to
+        decode and encode (`Quantizer.constants`) and all other parameters at 32 bits; ``peak_act_bytes`` an image: the
+        largest, over layers, of what is in memory while the layer runs (`Site.live`), where tensors that only quantized
+        layers read are stored at their bits, and all others (the branches of a residual sum, for example) at 32 bits.
     """
-    layers = [(site, plan.get(site.name, Bits(FLOAT_BITS, FLOAT_BITS))) for site in sites if site.kind == "layer"]
-    inner = [(site, bits) for site, bits in layers if not site.edge] or layers
-    quantized = sum(site.weights for site, _ in layers)
-    weight_bits = sum(site.weights * bits.w for site, bits in layers)
+    layers = [site for site in sites if site.kind == "layer"]
+    bits = {site.name: Bits(*plan.get(site.name, (FLOAT_BITS, FLOAT_BITS))) for site in layers}
+    inner = [site for site in layers if not site.edge] or layers
+    weights = sum(site.weights for site in layers)
+    weight_bits = sum(site.weights * bits[site.name].w for site in layers)
     return {
-        "avg_bits_weight": weight_bits / quantized,
-        "avg_bits_weight_inner": sum(s.weights * b.w for s, b in inner) / sum(s.weights for s, _ in inner),
-        "avg_bits_act": sum(s.inputs * b.a for s, b in layers) / sum(s.inputs for s, _ in layers),
-        "bops": float(sum(site.macs * bits.w * bits.a for site, bits in layers)),
-        "size_bytes": (weight_bits + FLOAT_BITS * max(parameters - quantized, 0)) / 8,
+        "avg_bits_weight": weight_bits / weights,
+        "avg_bits_weight_inner": sum(s.weights * bits[s.name].w for s in inner) / sum(s.weights for s in inner),
+        "avg_bits_act": sum(s.inputs * bits[s.name].a for s in layers) / sum(s.inputs for s in layers),
+        "macs": {site.name: site.macs for site in layers},
+        "bops": float(sum(site.macs * bits[site.name].w * bits[site.name].a for site in layers)),
+        "size_bytes": (weight_bits + FLOAT_BITS * (_parameters(net) - weights + _constants(net))) / 8,
+        "peak_act_bytes": max(_live_bits(site, bits) for site in layers) / 8,
     }
+
+
+def _live_bits(site: Site, bits: Mapping[str, Bits]) -> int:
+    """Bits of the activations in memory while a layer runs."""
+    return sum(n * max((bits[r].a for r in readers if r in bits), default=FLOAT_BITS) for n, readers in site.live)
+
+
+def _parameters(net: nn.Module) -> int:
+    """Parameters of the network without its quantizers."""
+    ours = {id(p) for _, q in _quantizers(net) for p in q.parameters()}
+    return sum(p.numel() for p in net.parameters() if id(p) not in ours)
+
+
+def _constants(net: nn.Module) -> int:
+    """32-bit numbers that the quantizers need in use."""
+    return sum(quantizer.constants() for _, quantizer in _quantizers(net))
+
+
+def _quantizers(net: nn.Module) -> list[tuple[str, Any]]:
+    return [
+        (name, quantizer)
+        for name, layer in quant_layers(net)
+        for quantizer in (layer.weight_quantizer, layer.act_quantizer)
+        if quantizer is not None
+    ]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import RunFailed
 from .quantizer import Decode, Quantizer
 
 
@@ -33,13 +35,31 @@ class QuantLayer(nn.Module):
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
         self.weight_quantizer, self.act_quantizer = weight_quantizer, act_quantizer
+        if act_quantizer is not None:
+            act_quantizer.of = "input"
         self.conv = _conv_arguments(layer) if isinstance(layer, nn.Conv2d) else None
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's own operation on the quantized input and weight; shapes as in the float layer."""
-        x = x if self.act_quantizer is None else self.act_quantizer(x)
         weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
-        return apply_layer(x, weight, self.bias, self.conv)
+        if self.act_quantizer is None:
+            return apply_layer(x, weight, self.bias, self.conv)
+        quantized = self.act_quantizer(x)
+        redo = self.act_quantizer.redo(x) if quantized.requires_grad else None
+        if redo is None:
+            return apply_layer(quantized, weight, self.bias, self.conv)
+        with _made_again(quantized, redo):
+            return apply_layer(quantized, weight, self.bias, self.conv)
+
+
+def _made_again(value: Tensor, redo: Callable[[], Tensor]) -> AbstractContextManager:
+    """What is computed in here does not keep ``value`` for the backward pass; it is made by ``redo`` there."""
+    place = value.data_ptr()
+
+    def pack(kept: Tensor) -> Tensor | None:
+        return None if kept.data_ptr() == place and kept.shape == value.shape else kept
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: redo() if kept is None else kept)
 
 
 class IntegerLayer(nn.Module):
@@ -115,9 +135,18 @@ def calibrate(net: nn.Module, x: Tensor) -> None:
 
     An activation quantizer is fitted when the pass reaches it, so it sees the input that the quantized layers before it make.
     Running statistics do not move.
+
+    Raises:
+        RunFailed: A weight or an input is NaN or infinite.
     """
 
     def fit(name: str, layer: QuantLayer, value: Tensor) -> None:
+        for what, tensor in (("weight", layer.weight), ("input", value)):
+            if not bool(torch.isfinite(tensor).all()):
+                raise RunFailed(
+                    f"the {what} of {name} is not finite, so nothing can be fitted to it: the float network has diverged; "
+                    "train it with a smaller float_lr"
+                )
         if layer.weight_quantizer is not None:
             layer.weight_quantizer.fit(layer.weight)
         if layer.act_quantizer is not None:
@@ -126,27 +155,61 @@ def calibrate(net: nn.Module, x: Tensor) -> None:
     _visit(net, x, fit)
 
 
-def count_levels(net: nn.Module, x: Tensor) -> dict[str, tuple[int | None, int | None]]:
-    """How many distinct codes each layer's weight and input take on ``x`` (float [B, C, H, W]); None where it is float.
+def audit(net: nn.Module, x: Tensor) -> dict[str, tuple[int | None, int | None]]:
+    """How many codes each layer's weight and input take on ``x`` (float [B, C, H, W]); None where it is float.
 
-    Codes are counted, not values: with a step a channel there are many values and still at most ``2**bits`` codes.
+    Codes are counted within each group that shares a grid (`Quantizer.per`), and the largest count is given: with a step a
+    channel there are many values and still at most ``2**bits`` codes. Within a group a code must have one value, and that must
+    be what the network computes with.
+
+    Raises:
+        RunFailed: Codes do not decode to the quantizer's output, or one code has several values in a group.
     """
     levels: dict[str, tuple[int | None, int | None]] = {}
 
-    def count(quantizer: Quantizer | None, value: Tensor) -> int | None:
-        if quantizer is None:
-            return None
-        codes = quantizer.encode(value)[0].flatten()
-        lowest, highest = int(codes.min()), int(codes.max())
-        if highest - lowest < 2**16:  # a fifth of the memory of `unique`, which sorts
-            return int((codes - lowest).bincount().count_nonzero())
-        return codes.unique().numel()
-
     def look(name: str, layer: QuantLayer, value: Tensor) -> None:
-        levels[name] = (count(layer.weight_quantizer, layer.weight), count(layer.act_quantizer, value))
+        levels[name] = (
+            _count(layer.weight_quantizer, layer.weight, f"the weight of {name}"),
+            _count(layer.act_quantizer, value, f"the input of {name}"),
+        )
 
     _visit(net, x, look)
     return levels
+
+
+def _count(quantizer: Quantizer | None, x: Tensor, what: str) -> int | None:
+    """The most codes that any group of ``x`` takes."""
+    if quantizer is None:
+        return None
+    codes, decode = quantizer.encode(x)
+    values = quantizer(x)
+    if not torch.equal(decode(codes), values):
+        raise RunFailed(
+            f"{what} is not what its codes stand for: {type(quantizer).__name__} computes with other values"
+        )
+    lowest, span = codes.min(), int(codes.max() - codes.min()) + 1
+    if span > 2**16:
+        return codes.unique().numel()
+    cell = (group_index(quantizer, x) * span + (codes - lowest)).flatten()  # of a group and a code
+    cells = (int(cell.max()) // span + 1) * span
+    largest = values.new_full((cells,), -torch.inf).scatter_reduce_(0, cell, values.flatten(), "amax")
+    smallest = values.new_full((cells,), torch.inf).scatter_reduce_(0, cell, values.flatten(), "amin")
+    if bool((largest > smallest).any()):
+        raise RunFailed(f"{what} has several values for one code: its grid is not one a {quantizer.per}")
+    return int((largest > -torch.inf).view(-1, span).sum(1).max())
+
+
+def group_index(quantizer: Quantizer, x: Tensor) -> Tensor:
+    """Number of the grid that each element of ``x`` is on: int64, broadcastable to ``x``."""
+    if quantizer.per == "tensor":
+        return torch.zeros((), dtype=torch.int64, device=x.device)
+    if quantizer.per == "domain":
+        assert quantizer.scope.domain is not None
+        index, dim = quantizer.scope.domain - quantizer.scope.domain.min(), 0
+    else:
+        dim = 1 if quantizer.per == "channel" and quantizer.of == "input" else 0
+        index = torch.arange(x.shape[dim], device=x.device)
+    return index.view([-1 if d == dim else 1 for d in range(x.ndim)])
 
 
 def deployed(net: nn.Module) -> nn.Module:
@@ -163,9 +226,10 @@ __all__ = [
     "IntegerLayer",
     "QuantLayer",
     "apply_layer",
+    "audit",
     "calibrate",
-    "count_levels",
     "deployed",
+    "group_index",
     "quant_layers",
     "swap",
 ]

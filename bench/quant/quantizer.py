@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ class Scope:
         domain: int64 [B], the training domain of each image, -1 for a domain unseen in training; None before the first batch.
         labels: int64 [B] while training, None otherwise.
         track: Whether running statistics may move. False in evaluation, calibration and a method's second pass.
+        compile: Whether elementwise quantizers run as compiled kernels, see `grid`.
         step, steps: The optimizer step and how many there will be.
         epoch, epochs: The epoch and how many there will be.
     """
@@ -27,7 +28,7 @@ class Scope:
     def __init__(self) -> None:
         self.domain: Tensor | None = None
         self.labels: Tensor | None = None
-        self.track = False
+        self.track = self.compile = False
         self.step = self.steps = self.epoch = self.epochs = 0
 
     def __deepcopy__(self, memo: dict) -> Scope:
@@ -50,6 +51,12 @@ class Quantizer(nn.Module):
 
     groups: ClassVar[dict[str, tuple[float, float | None]]] = {}
     """Parameter name -> (factor on the learning rate, weight decay or None for the run's)."""
+    per: Literal["tensor", "channel", "sample", "domain"] = "tensor"
+    """What shares one grid: the whole tensor, each channel (dimension 0 of a weight, 1 of an input), each sample, or each
+    domain of the batch. Within it a code has one value, so there are at most ``2**bits`` values; the audit checks both."""
+
+    of: Literal["weight", "input"] = "weight"
+    """What it quantizes; set by the layer that it is placed in."""
 
     def __init__(self, bits: int, site: Site, scope: Scope, signed: bool) -> None:
         super().__init__()
@@ -67,9 +74,24 @@ class Quantizer(nn.Module):
         """``x`` on the grid, differentiable. In eval mode equal, to the bit, to ``decode(encode(x))``."""
         raise NotImplementedError
 
+    def redo(self, x: Tensor) -> Callable[[], Tensor] | None:
+        """A function that makes ``quantize(x)`` once more, as it is now, or None if keeping it is cheaper.
+
+        A layer needs its quantized input again in the backward pass; made once more it need not be kept until then.
+        """
+        return None
+
     def encode(self, x: Tensor) -> tuple[Tensor, Decode]:
-        """Integer codes (int32, the shape of ``x``) and the function that turns codes back into values."""
+        """Integer codes, int32 of the shape of ``x`` from ``qmin`` to ``qmax``, and the function that turns them back into values.
+
+        The function takes codes of any shape that broadcasts against the grid: ``[1, 1, 1, 1]`` for a grid per tensor,
+        ``[O, 1, 1, 1]`` for a weight's per channel, ``[B, 1, 1, 1]`` per sample. So the grid can be read off it, code by code.
+        """
         raise NotImplementedError
+
+    def constants(self) -> int:
+        """How many 32-bit numbers decoding needs (steps, offsets, codebook entries); they are part of the network's size."""
+        return sum(t.numel() for t in (*self.parameters(), *self.buffers()))
 
     def project(self) -> None:
         """Bring parameters back into their valid range; called after every optimizer step."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..site import Site
+from .grid import grid_codes, redo_grid, round_to_grid
 from .quantizer import Decode, Quantizer, Scope, snap
 
 
@@ -55,14 +57,14 @@ class UniformQuantizer(Quantizer):
             edge = size.max()
         self.step.copy_(edge / max(self.qmax, 1) if edge > 0 else torch.ones_like(edge))
 
-    def _codes(self, x: Tensor) -> Tensor:
-        return (x / self.step).clamp(self.qmin, self.qmax)
-
     def quantize(self, x: Tensor) -> Tensor:
         """``x`` on the grid."""
-        return round_ste(self._codes(x)) * self.step
+        return round_to_grid(x, self.step, self, ste=True)
+
+    def redo(self, x: Tensor) -> Callable[[], Tensor] | None:
+        """One fused pass."""
+        return redo_grid(x, self.step, self)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Decode]:
         """Codes from ``qmin`` to ``qmax``; the value of a code is its multiple of the step."""
-        step = self.step.detach().clone()
-        return self._codes(x).round().int(), lambda codes: codes.to(step.dtype) * step
+        return grid_codes(x, self.step, self)

@@ -12,7 +12,8 @@ from qatbench.bench.data import DataModule
 from qatbench.bench.errors import RunFailed
 from qatbench.bench.fit import LAST, read_checkpoint
 from qatbench.bench.method import EMA_DECAY, Method, Run, Wrapper, _not_tracking, schedule
-from qatbench.bench.quant import QuantLayer
+from qatbench.bench.quant import QuantLayer, quant_layers
+from qatbench.bench.quant.layer import apply_layer
 from qatbench.bench.testing import Loop, MethodContract, contract_data, float_net, ready, same, state, train
 from qatbench.methods.fp32 import FP32
 from qatbench.methods.lsq import LSQ
@@ -444,6 +445,85 @@ def test_two_views_are_of_the_same_images(plug: Plug, tmp_path: Path) -> None:
     still = DataModule(contract_data(), "mdl", 0, 24, "none", views=2)
     batch = first_batches(still)[0]
     assert torch.equal(batch.views[0], batch.x)
+
+
+SHOWN = """
+class Shown(LSQ):
+    name = "shown"
+    views = {views}
+    def __init__(self, params=None):
+        super().__init__(params)
+        self.teacher = "{kind}"
+    def taps(self, sites):
+        return ["conv1"]
+    def losses(self, out, batch):
+        self.seen = {{kind: teacher.taps["conv1"].inputs[0] for kind, teacher in out.teacher.items()}}
+        self.graph = {{kind: teacher.logits.requires_grad for kind, teacher in out.teacher.items()}}
+        return super().losses(out, batch)
+"""
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("kind", ["ema", "student"])
+def test_which_view_a_teacher_is_shown(kind: str, views: int, plug: Plug) -> None:
+    """A consistency target would see the student's own view; or the float network's features would be of other pixels."""
+    plug(SHOWN.format(kind=kind, views=views))
+    method, data = ready("kd+shown")
+    batch = first_batches(data)[0]
+    method.train().compute_losses(batch, track=True)
+    seen = method.inner.seen
+    assert set(seen) == {"float", kind}
+    assert torch.equal(seen["float"], batch.x)
+    assert torch.equal(seen[kind], batch.x if views == 1 else batch.views[0])
+    assert torch.equal(batch.x, seen[kind]) == (views == 1)
+    assert method.inner.graph == {"float": False, kind: False}
+
+
+def test_the_student_as_its_own_teacher_moves_no_statistics(plug: Plug) -> None:
+    """BatchNorm's statistics would move twice a step, towards images that the student was not trained on."""
+    plug(SHOWN.format(kind="student", views=2))
+    taught, data = ready("shown")
+    alone, _ = ready("lsq")
+    batch = first_batches(data)[0]
+    for method in (taught, alone):
+        method.train().compute_losses(batch, track=True)
+    assert same(state(taught), state(alone)) == []
+    assert taught.net.bn1.track_running_stats
+    assert taught.net.training
+    assert taught.scope.track is True
+
+
+def test_a_tap_does_not_run_the_quantizer_again(plug: Plug) -> None:
+    """A quantizer that draws random numbers would show the loss another feature than the layer used; and each would cost twice."""
+    plug("""
+    from qatbench.methods.lsq import LearnedStep
+    class Noisy(LearnedStep):
+        def quantize(self, x):
+            self.calls = getattr(self, "calls", 0) + 1
+            return super().quantize(x + torch.rand_like(x))
+    class Draws(LSQ):
+        name = "draws"
+        def act_quantizer(self, bits, site, scope):
+            return Noisy(bits, site, scope, False, site.inputs)
+        def taps(self, sites):
+            return [s.name for s in sites if s.kind == "layer"]
+        def losses(self, out, batch):
+            self.seen = out
+            return super().losses(out, batch)
+    """)
+    method, data = ready("draws")
+    layers = dict(quant_layers(method.net))
+    for layer in layers.values():
+        layer.act_quantizer.calls = 0  # calibration needed one
+    method.train().compute_losses(first_batches(data)[0], track=True)
+    assert set(method.seen.taps) == set(layers)
+    for name, layer in layers.items():
+        tap = method.seen.taps[name]
+        assert layer.act_quantizer.calls == 1, name
+        value = apply_layer(tap.quantized, layer.weight_quantizer(layer.weight), layer.bias, layer.conv)
+        assert torch.equal(value, tap.value), name
+        assert tap.quantized.requires_grad
+    assert not any(m._forward_hooks for m in method.net.modules())
 
 
 # --- stages and schedules ---------------------------------------------------------------------------------------------

@@ -4,24 +4,30 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qatbench.bench.assemble import assemble
 from qatbench.bench.chain import build
+from qatbench.bench.data import Batch
+from qatbench.bench.errors import RunFailed
 from qatbench.bench.method import Wrapper
 from qatbench.bench.models.resnet import CifarResNet
 from qatbench.bench.quant import (
     Bits,
+    CdfQuantizer,
     IntegerLayer,
     Quantizer,
     QuantLayer,
+    RunningCdfQuantizer,
     Scope,
     UniformQuantizer,
+    audit,
     calibrate,
     cost,
-    count_levels,
     deployed,
     edge_bits,
     quant_layers,
@@ -30,12 +36,15 @@ from qatbench.bench.quant import (
     swap,
 )
 from qatbench.bench.quant.quantizer import finite_state, step_of
-from qatbench.bench.registry import ROOT, plugins
+from qatbench.bench.registry import ROOT, find, plugins
 from qatbench.bench.site import Site
-from qatbench.bench.spec import RunSpec
+from qatbench.bench.spec import Budget, RunSpec
+from qatbench.bench.task import Task
 from qatbench.bench.testing import check_codes
 from qatbench.methods.dorefa import TanhWeight, UnitActivation
 from qatbench.methods.lsq import LearnedStep
+from qatbench.methods.lsqplus import LearnedStepOffset, SpreadStep
+from qatbench.methods.n2uq import LearnedThresholds
 from qatbench.methods.pact import LearnedClip
 from torch import Tensor, nn
 
@@ -49,14 +58,20 @@ MAKERS: dict[str, Callable[[int], Quantizer]] = {
     "percentile unsigned": lambda b: UniformQuantizer(b, SITE, Scope(), False, "percentile", 90.0),
     "lsq signed": lambda b: LearnedStep(b, SITE, Scope(), True, 36),
     "lsq unsigned": lambda b: LearnedStep(b, SITE, Scope(), False, 72),
+    "lsqplus": lambda b: LearnedStepOffset(b, SITE, Scope(), 72, 20),
+    "lsqplus spread": lambda b: SpreadStep(b, SITE, Scope(), True, 36),
     "pact signed": lambda b: LearnedClip(b, SITE, Scope(), True, 8.0),
     "pact unsigned": lambda b: LearnedClip(b, SITE, Scope(), False, 8.0),
-    "dorefa activation": lambda b: UnitActivation(b, SITE, Scope(), False),
+    "dorefa activation": lambda b: UnitActivation(b, SITE, Scope()),
     "dorefa weight max": lambda b: TanhWeight(b, SITE, Scope(), "max"),
     "dorefa weight none": lambda b: TanhWeight(b, SITE, Scope(), "none"),
+    "n2uq signed": lambda b: LearnedThresholds(b, SITE, Scope(), True),
+    "n2uq unsigned": lambda b: LearnedThresholds(b, SITE, Scope(), False),
+    "cdf weight": lambda b: CdfQuantizer(b, SITE, Scope()),
+    "cdf activation": lambda b: RunningCdfQuantizer(b, SITE, Scope()),
 }
-# Their output goes through tanh again, so quantizing twice is not quantizing once.
-FIXED_GRID = [name for name in MAKERS if "dorefa weight" not in name]
+# Their output goes through tanh or a CDF again, so quantizing twice is not quantizing once.
+FIXED_GRID = [name for name in MAKERS if "dorefa weight" not in name and "cdf" not in name]
 
 
 def built_in() -> Iterator[tuple[str, Callable[[int], Quantizer]]]:
@@ -150,7 +165,7 @@ def test_gradients_are_finite(name: str) -> None:
         assert all(g is not None and bool(torch.isfinite(g).all()) for g in gradients)
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", [name for name in MAKERS if name != "cdf weight"])  # which has its own: test_cdf.py
 def test_all_codes_are_used(name: str) -> None:
     """A 4-bit quantizer would be a 3-bit one: a mistake that "at most 2^bits codes" does not show."""
     for bits in (2, 4, 8):
@@ -247,7 +262,8 @@ def test_broken_state_is_found() -> None:
     step = step_of(LearnedClip(4, SITE, Scope(), False, 6.0))
     assert step is not None
     assert step.item() == pytest.approx(6.0 / 15)
-    assert step_of(UnitActivation(4, SITE, Scope(), False)) is None
+    assert step_of(UnitActivation(4, SITE, Scope())).item() == pytest.approx(1 / 15)  # type: ignore[union-attr]
+    assert step_of(TanhWeight(4, SITE, Scope(), "max")) is None
 
 
 # --- layers -----------------------------------------------------------------------------------------------------------
@@ -366,7 +382,7 @@ def test_an_error_in_calibration_leaves_no_hook_behind() -> None:
     assert net.training
 
 
-def test_count_levels_counts_codes() -> None:
+def test_audit_counts_codes() -> None:
     """The audit that "2-bit" is 2 bits would count values (a step a channel has many) or look at the wrong layer."""
     layer = nn.Linear(4, 2, bias=False)
     with torch.no_grad():
@@ -379,12 +395,73 @@ def test_count_levels_counts_codes() -> None:
     x = torch.tensor([[0.0, 1.0, 2.0, 3.0], [0.1, 1.1, 2.1, 2.9]])
     calibrate(net, x)
     net.train()
-    levels = count_levels(net, x)
+    levels = audit(net, x)
     assert levels["one"] == (3, 4)
     assert levels["two"][0] is None
     assert levels["two"][1] == net[1].act_quantizer.encode(net[0](x))[0].unique().numel()
     assert net.training
     assert not any(m._forward_pre_hooks for m in net.modules())
+
+
+class Cheat(UniformQuantizer):
+    """Two bits on paper."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(2, SITE, Scope(), False)
+        self.how = how
+
+    def quantize(self, x: Tensor) -> Tensor:
+        q = super().quantize(x)
+        return q + 0.001 * torch.arange(x.numel()).view(x.shape) if self.how else q
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        codes, decode = super().encode(x)
+        if self.how == "hidden":
+            return codes, decode
+        return codes, lambda k: decode(k) + 0.001 * torch.arange(x.numel()).view(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"), [("hidden", "not what its codes stand for"), ("open", "several values for one code")]
+)
+def test_audit_finds_values_that_no_code_stands_for(how: str, words: str) -> None:
+    """A quantizer could report two bits and compute with more."""
+    net = nn.Sequential(QuantLayer(nn.Linear(4, 2, bias=False), None, Cheat(how)))
+    with pytest.raises(RunFailed, match=words):
+        audit(net, torch.rand(6, 4))
+
+
+def test_audit_counts_within_what_shares_a_grid() -> None:
+    """A grid a channel would be taken for one that breaks its bits, or codes of one group for those of another."""
+
+    class PerRow(UniformQuantizer):
+        per = "channel"
+
+        def quantize(self, x: Tensor) -> Tensor:
+            return self.encode(x)[1](self.encode(x)[0])
+
+        def encode(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+            step = x.abs().amax(1, keepdim=True)
+            return (x / step).round().int(), lambda k: k * step
+
+    layer = nn.Linear(3, 2, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[5.0, -5.0, 0.0], [0.1, 0.1, 0.1]]))
+    net = nn.Sequential(QuantLayer(layer, PerRow(2, SITE, Scope(), True), None))
+    assert audit(net, torch.rand(2, 3))["0"] == (3, None)
+
+
+@pytest.mark.parametrize("where", ["weight", "input"])
+def test_a_tensor_with_nan_fails_the_run_with_its_layers_name(where: str) -> None:
+    """A diverged float network would be quantized to NaN, and fail somewhere else for a reason that nobody understands."""
+    net = nn.Sequential(
+        QuantLayer(nn.Linear(3, 2), LearnedStep(4, SITE, Scope(), True, 9), LearnedStep(4, SITE, Scope(), True, 9))
+    )
+    x = torch.randn(4, 3)
+    with torch.no_grad():
+        (net[0].weight if where == "weight" else x)[0, 0] = float("nan")
+    with pytest.raises(RunFailed, match=f"the {where} of 0 is not finite"):
+        calibrate(net, x)
 
 
 def test_deployed_is_a_copy_in_eval_mode() -> None:
@@ -405,40 +482,124 @@ def test_deployed_is_a_copy_in_eval_mode() -> None:
 # --- what a plan costs ------------------------------------------------------------------------------------------------
 
 NET = [
-    Site("stem", "layer", (8,), macs=1000, weights=100, inputs=300, edge=True),
+    Site(
+        "stem", "layer", (8,), macs=1000, weights=100, inputs=300, edge=True, live=((300, ("stem",)), (200, ("body",)))
+    ),
     Site("bn", "norm", (8,), inputs=77),
-    Site("body", "layer", (8,), macs=4000, weights=400, inputs=200),
+    Site("body", "layer", (8,), macs=4000, weights=400, inputs=200, live=((200, ("body",)), (500, ()), (70, ()))),
     Site("wide", "layer", (8,), macs=2000, weights=600, inputs=500),
     Site("fc", "layer", (4,), macs=32, weights=32, inputs=8, edge=True),
     Site("fc", "head", (4,), macs=32, weights=32, inputs=8, edge=True),
 ]
 
 
+class FourLayers(nn.Module):
+    """Modules of the sizes that `NET` names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, weights in (("stem", 100), ("body", 400), ("wide", 600), ("fc", 32)):
+            setattr(self, name, nn.Linear(weights, 1, bias=name == "fc"))
+        self.bn = nn.BatchNorm1d(8)
+
+
 def test_cost_equals_a_computation_by_hand() -> None:
     """The cost columns of every table would be wrong."""
     plan = {"stem": Bits(8, 8), "body": Bits(2, 4), "wide": Bits(4, 4), "fc": Bits(8, 8)}
+    net = FourLayers()
+    for name in plan:
+        both = [LearnedStep(b, SITE, Scope(), True, 9) for b in plan[name]]
+        swap(net, name, QuantLayer(net.get_submodule(name), *both))  # type: ignore[arg-type]
     bits = 100 * 8 + 400 * 2 + 600 * 4 + 32 * 8
-    assert cost(NET, plan, 1150) == {
+    assert cost(NET, plan, net) == {
         "avg_bits_weight": pytest.approx(bits / 1132),
         "avg_bits_weight_inner": pytest.approx((400 * 2 + 600 * 4) / 1000),
         "avg_bits_act": pytest.approx((300 * 8 + 200 * 4 + 500 * 4 + 8 * 8) / 1008),
+        "macs": {"stem": 1000, "body": 4000, "wide": 2000, "fc": 32},
         "bops": 1000 * 64 + 4000 * 8 + 2000 * 16 + 32 * 64,
-        "size_bytes": pytest.approx((bits + 32 * (1150 - 1132)) / 8),
+        "size_bytes": pytest.approx((bits + 32 * (8 + 1 + 16)) / 8),  # eight steps, fc's bias, the norm
+        "peak_act_bytes": (200 * 4 + 500 * 32 + 70 * 32) / 8,
     }
 
 
 def test_a_layer_that_the_plan_does_not_name_is_float() -> None:
     """A layer left in float would be counted with few bits, or with none."""
-    free = cost(NET, {}, 1132)
+    free = cost(NET, {}, FourLayers())
     assert free["avg_bits_weight"] == free["avg_bits_act"] == free["avg_bits_weight_inner"] == 32
-    assert free["size_bytes"] == 1132 * 4
+    assert free["size_bytes"] == (1132 + 17) * 4
     assert free["bops"] == 7032 * 32 * 32
+    assert free["peak_act_bytes"] == (200 + 500 + 70) * 4
 
 
 def test_cost_of_a_network_of_edges_only() -> None:
     """A network of two layers would end in a division by zero."""
     edges = [NET[0], NET[4]]
-    assert cost(edges, {"stem": Bits(8, 8), "fc": Bits(8, 8)}, 132)["avg_bits_weight_inner"] == 8
+    assert cost(edges, {"stem": Bits(8, 8), "fc": Bits(8, 8)}, FourLayers())["avg_bits_weight_inner"] == 8
+
+
+def built(network: str, size: int, bits: str = "w4a4", method: str = "lsq") -> dict[str, Any]:
+    """The cost of a method's network on images of a size."""
+    spec = RunSpec(method=method, network=network, bits=bits, protocol="single", calibration=2)
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, size, size)
+    batch = Batch(images, torch.tensor([0, 1]), torch.zeros(2, dtype=torch.int64))
+    task = Task("classification", tuple("0123456789"), (1,) * 10, ("all",))
+    made = assemble(spec, find("networks", network)(3, 10), task, batch)
+    return cost(made.sites, made.bit_plan, made.net)
+
+
+def test_cost_of_resnet20_equals_a_hand_count() -> None:
+    """Tables would give other costs than a reader can count."""
+    found = built("resnet20", 32)
+    # 3x3 convolutions: 432 weights in the stem; 6 of 16x16; 16x32, 5 of 32x32; 32x64, 5 of 64x64; projections 512 and 2,048; 640.
+    inner = 6 * 2304 + 4608 + 5 * 9216 + 18432 + 5 * 36864 + 512 + 2048
+    edge = 432 + 640
+    assert inner + edge == 270_896
+    # The stages have 32x32, 16x16 and 8x8 places.
+    inner_macs = 6 * 2304 * 1024 + (4608 + 5 * 9216 + 512) * 256 + (18432 + 5 * 36864 + 2048) * 64
+    assert sum(found["macs"].values()) == 432 * 1024 + inner_macs + 640 == 40_813_184
+    assert found["bops"] == 64 * (432 * 1024 + 640) + 16 * inner_macs
+    assert found["avg_bits_weight_inner"] == 4
+    assert found["avg_bits_weight"] == pytest.approx((4 * inner + 8 * edge) / 270_896)
+    norms, steps = 2 * (16 + 6 * 16 + 6 * 32 + 6 * 64 + 32 + 64), 2 * 22
+    assert found["size_bytes"] == (4 * inner + 8 * edge + 32 * (norms + 10 + steps)) / 8
+    # The second convolution of a block: the shortcut and its own output as floats, its input as codes.
+    assert found["peak_act_bytes"] == 16_384 * (32 + 4 + 32) / 8
+
+
+def test_cost_of_resnet18_equals_a_hand_count() -> None:
+    """A network of another family would be counted wrongly."""
+    found = built("resnet18", 224)
+    stem, head = 7 * 7 * 3 * 64, 5120
+    stages = {64: (56, 4 * 9 * 64 * 64), 128: (28, 9 * 64 * 128 + 3 * 9 * 128 * 128 + 64 * 128),
+              256: (14, 9 * 128 * 256 + 3 * 9 * 256 * 256 + 128 * 256),
+              512: (7, 9 * 256 * 512 + 3 * 9 * 512 * 512 + 256 * 512)}  # fmt: skip
+    inner = sum(weights for _, weights in stages.values())
+    assert (
+        stem + inner + 512_000 == 11_678_912
+    )  # of torchvision's ResNet-18 with 1,000 classes, convolutions and classifier
+    inner_macs = sum(side * side * weights for side, weights in stages.values())
+    assert sum(found["macs"].values()) == stem * 112 * 112 + inner_macs + head
+    assert found["bops"] == 64 * (stem * 112 * 112 + head) + 16 * inner_macs
+    assert found["avg_bits_weight"] == pytest.approx((4 * inner + 8 * (stem + head)) / (stem + inner + head))
+
+
+def test_every_cost_changes_with_the_bits() -> None:
+    """A tool that gave the same count for every width has been in use for years (qonnx issue 51)."""
+    costs = [built("resnet8", 16, bits=bits) for bits in ("w2a2", "w3a3", "w4a4", "w8a8")]
+    for key in ("avg_bits_weight", "avg_bits_weight_inner", "avg_bits_act", "bops", "size_bytes", "peak_act_bytes"):
+        values = [c[key] for c in costs]
+        assert values == sorted(set(values)), key
+    assert len({str(c["macs"]) for c in costs}) == 1
+
+
+def test_codebooks_count_as_weight_bytes() -> None:
+    """A codebook's entries would be free."""
+    plain, listed = (built("resnet8", 16, method=m) for m in ("lsq", "adq"))
+    layers = 9 - 2  # resnet8's, without first and last
+    # LSQ stores a step a layer; ADQ 2^4 - 1 entries.
+    more = listed["size_bytes"] - plain["size_bytes"]
+    assert more >= layers * (15 - 1) * 4
 
 
 @pytest.mark.parametrize(
@@ -452,6 +613,14 @@ def test_cost_of_a_network_of_edges_only() -> None:
 def test_edge_bits(policy: str, bits: tuple[int, int], edge: tuple[int, int]) -> None:
     """The first and the last layer would have other bits than the run's ``first_last`` says."""
     assert edge_bits(policy, Bits(*bits)) == Bits(*edge)
+
+
+def test_edge_bits_under_a_budget() -> None:
+    """First and last layer would get the average as their width, or a share of it that nobody gave them."""
+    assert edge_bits("8bit", Budget(2.81, 3)) == Bits(8, 8)
+    assert edge_bits("fp", Budget(2.81, 3)) == Bits(32, 32)
+    with pytest.raises(ValueError, match="share the budget"):
+        edge_bits("same", Budget(2.81, 3))
 
 
 def test_scope_is_shared_by_copies() -> None:

@@ -66,7 +66,7 @@ def test_normal_form_is_whole(find_run: FindRun) -> None:
     assert found.spec.params == {"kd": {"weight": 0.25, "temperature": 4.0}, "lsq": {}}
     assert found.spec.protocol == "mdl"
     assert found.spec.augment == "shift"
-    plain = {"limit": None, "val": 0.1, "imbalance": None, "lt_list": "ldam"}
+    plain = {"limit": None, "val": 0.1, "balance": False, "imbalance": None, "lt_list": "ldam"}
     assert found.spec.data_params == {"domains": ["a", "b"], "shade": 1.0, **plain}
     assert found.skip is None
     assert set(found.code) == {"harness", "method kd", "method lsq", "data set tiny", "network resnet8"}
@@ -290,3 +290,40 @@ def test_alpha_is_in_the_id_of_pact_only(find_run: FindRun) -> None:
     """A hyper-parameter could be swept without any effect on the id."""
     assert find_run("pact", params={"pact": {"alpha": 4}}).run_id != find_run("pact").run_id
     assert f"method {PACT.name}" in find_run("pact").code
+
+
+def test_native_policy_is_the_methods_own(find_run: FindRun) -> None:
+    """DoReFa would be run with eight bits where its paper leaves float; or a policy spelt out would be another cell."""
+    for method, policy in (("lsq", "8bit"), ("dorefa", "fp"), ("pact", "fp"), ("kd+dorefa", "fp")):
+        found = find_run(method)
+        assert found.spec.first_last == policy
+        assert find_run(method, first_last=policy) == found
+        assert find_run(method, first_last="same").run_id != found.run_id
+
+
+def test_a_budget_outside_the_range_is_refused(find_run: FindRun) -> None:
+    """A budget that no plan can keep would be found out after the float network was trained."""
+    for bits, method in (("avg1.5", "lsq"), ("avg1.99", "kd+lsq")):
+        with pytest.raises(UserError, match=r"an average is 2 to 8, not 1\.\d+"):
+            find_run(method, bits=bits)
+    assert find_run("lsq", bits="avg2").spec.bits == "avg2"
+    assert find_run("fp32", bits="avg2.81").spec.bits == "w32a32"
+
+
+LAYERS = [n for n, m in ResNet8(3, 2).named_modules() if hasattr(m, "weight") and m.weight.ndim > 1]
+
+
+def test_a_plan_must_name_every_layer_and_no_other(find_run: FindRun) -> None:
+    """A layer left out, misspelt, or given bits that the method does not have would end the run after its float network."""
+    plan: dict[str, str] = dict.fromkeys(LAYERS, "w4a4")
+    found = find_run("lsq", plan=plan)
+    assert found.spec.plan is not None
+    assert resolve_again(find_run, found) == found
+    assert find_run("lsq", plan=plan, first_last="fp", bits="w2a2") == found
+    with pytest.raises(UserError, match=r"has no layer 'layer1\.0\.conv9'; did you mean 'layer1\.0\.conv2'"):
+        find_run("lsq", plan=plan | {"layer1.0.conv9": "w4a4"})
+    with pytest.raises(UserError, match=r"layer 'head' of resnet8 is missing \(1 of 10\)"):
+        find_run("lsq", plan={k: v for k, v in plan.items() if k != "head"})
+    with pytest.raises(UserError, match=r"takes 2 to 8 bits .* not w1a4 \(conv1\)"):
+        find_run("lsq", plan=plan | {"conv1": "w1a4"})
+    assert find_run("fp32", plan=plan) == find_run("fp32")

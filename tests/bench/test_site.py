@@ -59,19 +59,30 @@ def test_every_kind_of_site_is_described():
     found = by_name(sites)
     n = 4 * 4  # positions after the stem, at stride 2
     assert found["stem"] == Site(
-        "stem", "layer", (8,), macs=8 * n * 27, weights=216, inputs=192, edge=True, signed_input=True, norm="bn"
-    )
-    # Grouped: each output element sees 8 / 4 input channels.
-    assert found["deep"] == Site("deep", "layer", (4,), macs=4 * n * 18, weights=72, inputs=8 * n, norm="gn")
+        "stem", "layer", (8,), macs=8 * n * 27, weights=216, inputs=192, in_channels=3, edge=True, signed_input=True, norm="bn",
+        live=((192, ("stem",)), (8 * n, ("deep",))),
+    )  # fmt: skip
+    # Grouped: each output element sees 8 / 4 input channels. The joint reads its input and, behind the norm, its output.
+    assert found["deep"] == Site(
+        "deep", "layer", (4,), macs=4 * n * 18, weights=72, inputs=8 * n, in_channels=8, norm="gn",
+        live=((8 * n, ()), (4 * n, ())),
+    )  # fmt: skip
     # A Linear runs once a token.
     tokens = found["tokens"]
-    assert (tokens.macs, tokens.weights, tokens.inputs, tokens.norm) == (n * 144, 144, n * 12, "ln")
+    assert (tokens.macs, tokens.weights, tokens.inputs, tokens.in_channels, tokens.norm) == (
+        n * 144,
+        144,
+        n * 12,
+        12,
+        "ln",
+    )
     assert (tokens.signed_input, tokens.edge) == (True, False)
     assert (found["cat"].channels, found["cat"].op, found["cat"].inputs) == ((4, 8), "concat", n * 12)
     assert (found["add"].channels, found["add"].op, found["add"].inputs) == ((12, 12), "add", n * 24)
     assert [found[name].channels for name in ("bn", "gn", "ln", "bn1d")] == [(8,), (4,), (12,), (12,)]
-    assert (found["bn1d"].weights, found["bn"].macs, found["cat"].weights) == (0, 0, 0)
-    assert sites[-1] == Site("head", "head", (5,), macs=60, weights=60, inputs=12, edge=True)
+    assert (found["bn1d"].weights, found["bn"].macs, found["cat"].weights, found["add"].in_channels) == (0, 0, 0, 0)
+    live = ((12, ("head",)), (5, ()))
+    assert sites[-1] == Site("head", "head", (5,), macs=60, weights=60, inputs=12, in_channels=12, edge=True, live=live)
     assert [site.name for site in sites if site.edge and site.kind == "layer"] == ["stem", "head"]
 
 

@@ -12,8 +12,11 @@ from pydantic import ValidationError
 from qatbench.bench.errors import UserError, nearest
 from qatbench.bench.seeds import seed_for
 from qatbench.bench.spec import (
+    Bits,
+    Budget,
     RunSpec,
     SuiteSpec,
+    bits_text,
     canonical_json,
     content_hash,
     params_of,
@@ -275,3 +278,82 @@ def test_seeds_are_the_same_everywhere_and_differ_by_what_they_name() -> None:
 def test_minus_zero_is_zero() -> None:
     """`weight_decay: -0.0` would be trained again as another run."""
     assert canonical_json({"a": -0.0, "b": [-0.0], "c": "x:-0.0,"}) == '{"a":0.0,"b":[0.0],"c":"x:-0.0,"}'
+
+
+# --- budgets, plans, and suites of settings ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed", "normal"),
+    [
+        ("avg2.81", Budget(2.81, 3), "avg2.81"), ("avg2.5", Budget(2.5, 3), "avg2.5"), ("avg3", Budget(3.0, 3), "avg3"),
+        ("avg2.810", Budget(2.81, 3), "avg2.81"), ("avg2.81a3", Budget(2.81, 3), "avg2.81"),
+        ("avg2.4a4", Budget(2.4, 4), "avg2.4a4"), ("avg4a32", Budget(4.0, 32), "avg4a32"), ("w04a4", Bits(4, 4), "w4a4"),
+    ],
+)  # fmt: skip
+def test_bits_and_budgets(text: str, parsed: Bits | Budget, normal: str) -> None:
+    """One budget would be two cells of a table, or its activations would have other bits than its average rounded."""
+    assert parse_bits(text) == parsed
+    assert type(parse_bits(text)) is type(parsed)
+    assert bits_text(parsed) == normal
+    assert RunSpec(method="adq", bits=text).bits == normal
+
+
+@pytest.mark.parametrize("text", ["avg", "avg9", "avg0.5", "avg2.81a9", "avg-2", "2.81", "avg2,81"])
+def test_a_wrong_budget_is_one_line(text: str) -> None:
+    """A typo in an average would be a traceback, or be taken for something else."""
+    assert text in refusal({"method": "adq", "bits": text})
+
+
+def test_a_plan_from_a_file(tmp_path: Any) -> None:
+    """A plan that was found elsewhere, or by another run, could not be used; or its path, not its content, would name the run."""
+    file = tmp_path / "plan.yaml"
+    file.write_text("conv1: w8a8\nbody: w2a4\nhead: [32, 8]\n")
+    spec = validated(RunSpec, {"method": "lsq", "plan": str(file)}, "run")
+    assert spec.plan == {"conv1": Bits(8, 8), "body": Bits(2, 4), "head": Bits(32, 8)}
+    assert spec.bits.startswith("plan-")
+    record = tmp_path / "result.json"
+    record.write_text(json.dumps({"cost": {"plan": {"conv1": [8, 8], "body": [2, 4], "head": [32, 8]}}}))
+    assert validated(RunSpec, {"method": "lsq", "plan": str(record), "bits": "w2a2"}, "run") == spec
+    assert RunSpec(**json.loads(spec.canonical())) == spec
+    file.write_text("conv1: w8a8\nbody: w3a4\nhead: [32, 8]\n")
+    assert validated(RunSpec, {"method": "lsq", "plan": str(file)}, "run").bits != spec.bits
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("conv1: w9a4", "weights take 1 to 8 bits"), ("conv1: 4", "not of the form"), ("conv1: avg3", "is an average"),
+        ("- a", "holds no plan"), ("", "holds no plan"), ("a: [", "cannot be read: it is not YAML"), (None, "No such file"),
+    ],
+)  # fmt: skip
+def test_a_wrong_plan_file_is_one_line(text: str | None, words: str, tmp_path: Any) -> None:
+    """A broken plan file would be a traceback, or be run as something else."""
+    file = tmp_path / "plan.yaml"
+    if text is not None:
+        file.write_text(text)
+    assert words in refusal({"method": "lsq", "plan": str(file)})
+
+
+def test_bits_that_name_a_plan_need_it() -> None:
+    """A label copied from a table would be taken for bits."""
+    assert "plan=FILE" in refusal({"method": "lsq", "bits": "plan-0123abcd"})
+
+
+def test_a_suite_may_list_settings_and_add_cells() -> None:
+    """An ablation over a method's settings, or one more cell for one method, would need a suite of its own each."""
+    values = {
+        "name": "s", "method": ["lsq", "adq"], "params": [{"adq": {"period": 1}}, {"adq": {"period": 5}}],
+        "also": [{"method": "adq", "bits": ["avg2.5", "avg3"], "params": {}}],
+    }  # fmt: skip
+    cells = validated(SuiteSpec, values, "suite s").cells()
+    found = [(c.method, c.bits, c.params.get("adq", {}).get("period")) for c in cells]
+    assert found == [
+        ("lsq", "w4a4", None), ("lsq", "w4a4", None), ("adq", "w4a4", 1), ("adq", "w4a4", 5),
+        ("adq", "avg2.5", None), ("adq", "avg3", None),
+    ]  # fmt: skip
+    assert {c.first_last for c in cells} == {"8bit"}
+    assert RunSpec(method="lsq").first_last == "native"
+    wrong = values | {"also": [{"mehtod": "adq"}]}
+    with pytest.raises(UserError, match="suite s, also: unknown key 'mehtod'; did you mean 'method'"):
+        validated(SuiteSpec, wrong, "suite s").cells()
