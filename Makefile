@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# One process a core, at most 8: each of them takes about a gigabyte. A debugger wants ARGS="-n 0 ...".
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 # "ok", the version if it is not one of ours, or nothing if there is no such Python.
 python_is = $(shell $(PYTHON) -c 'import sys; v = sys.version_info[:2]; print("ok" if (3, 11) <= v <= (3, 13) else "%d.%d" % v)' 2>/dev/null)
@@ -29,10 +31,10 @@ quickstart: venv  ## train and compare nine small networks, then say where the l
 	@$(BIN)/qatbench quickstart $(ARGS)
 
 test: venv  ## all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: venv  ## the tests that take less than ten seconds each
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 lint: venv  ## ruff and pyright
 	$(BIN)/ruff check

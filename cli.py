@@ -145,14 +145,19 @@ def run(
     method: Annotated[str, typer.Option("--method", help="A method or a chain, e.g. lsq or kd+lsq.")],
     data: Annotated[str, typer.Option("--data", help="See: qatbench list datasets.")] = "optdigits",
     network: Annotated[str, typer.Option("--network", help="See: qatbench list networks.")] = "resnet8",
-    bits: Annotated[str, typer.Option("--bits", help="wXaY: X bits for weights, Y for activations.")] = "w4a4",
+    bits: Annotated[
+        str,
+        typer.Option("--bits", help="wXaY: X bits for weights, Y for activations; avgB: B bits a weight on average."),
+    ] = "w4a4",
     seed: Annotated[int, typer.Option("--seed", help="Draws split, weights and batches.")] = 0,
     protocol: Annotated[
         str | None, typer.Option("--protocol", help="single[:DOMAIN], mdl, lodo:DOMAIN or longtail.")
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="E.g. epochs=5, kd.weight=0.9, digits.limit=5000; repeatable."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="E.g. epochs=5, kd.weight=0.9, digits.limit=5000, plan=FILE; repeatable."
+        ),
     ] = None,
     store: StoreOption = DEFAULT_STORE,
     data_root: DataOption = None,
@@ -269,6 +274,49 @@ def report(
         _tell_aside(where)
     else:
         _report(where, suite, out, _report_command(suite, store, out))
+
+
+class Sums(StrEnum):
+    """What an export keeps residual sums as."""
+
+    auto = "auto"
+    int8 = "int8"
+    float = "float"
+
+
+@app.command("export", short_help="Integer ONNX of a finished run.")
+def export_(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run's id, or the beginning of it.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="The ONNX file (default: model.onnx in the run's folder)."),
+    ] = None,
+    opset: Annotated[int, typer.Option("--opset", help="Of ONNX; from 21 on, up to 4 bits are INT4 and UINT4.")] = 20,
+    sums: Annotated[
+        Sums,
+        typer.Option("--sums", help="Residual sums: int8 is fast, float exact; auto: int8 where inputs have 8 bits."),
+    ] = Sums.auto,
+    store: StoreOption = DEFAULT_STORE,
+    data_root: DataOption = None,
+    plugin: PluginOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a finished run as integer ONNX, check it against the run in ONNX Runtime, and note it in the record.
+
+    Exit status 2 if the method has no integer form: the record then says why, and no file is written.
+    """
+    from .bench.export import export_run
+    from .bench.store import Store
+
+    _check_root(data_root)
+    _load(plugin)
+    found = export_run(Store(store), run_id, data_root=data_root, out=out, opset=opset, sums=sums.value)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    elif found["status"] == "done":
+        _show_export(found)
+    if found["status"] == "none":
+        raise UserError(f"no integer form: {found['reason']}")
 
 
 @app.command(short_help="Where to look: W&B and the HTML page.")
@@ -600,7 +648,7 @@ def _about(cls: Any) -> str:
     """The first line of the docstring, and a method's mark."""
     first = (cls.__doc__ or "").strip().split("\n")[0] if cls is not None else ""
     mark = getattr(cls, "fidelity", None)
-    return f"{first} [{mark}]" if mark == "reconstruction" else first
+    return f"{first} [{mark}]" if mark else first
 
 
 def _suites() -> list[dict[str, Any]]:
@@ -611,6 +659,21 @@ def _suites() -> list[dict[str, Any]]:
         for n in suite_names()
         for s in [load_suite(n)]
     ]
+
+
+def _show_export(found: dict[str, Any]) -> None:
+    kinds = [" and ".join(found["types"][k]) or "float" for k in ("weights", "activations")]
+    integer = found["operators"].get("QLinearConv", 0)
+    print(
+        f"agrees on {100 * found['agreement']:.2f} % of {found['images']:,} test images, accuracy {100 * found['acc']:.2f} %"
+    )
+    print(
+        f"{found['latency_ratio']:.2f} x the float network's latency (ONNX Runtime, one thread, batch {found['latency_batch']})"
+    )
+    print(
+        f"weights {kinds[0]}, activations {kinds[1]}, residual sums {found['sums']}, {integer} convolutions on integers"
+    )
+    print(f"{found['bytes'] / 1000:.1f} kB (float: {found['float_bytes'] / 1000:.1f} kB): {found['file']}")
 
 
 def _show(record: dict[str, Any], store: Any, again: bool) -> None:

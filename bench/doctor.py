@@ -13,7 +13,7 @@ from .registry import KINDS, plugins
 from .tracking import user_mode
 
 _VERSIONS = ("qatbench", "torch", "torchvision", "lightning", "wandb", "optuna", "datasets", "pandas", "seaborn")
-_EXTRAS = {"pytest": "dev", "ray": "ray", "submitit": "slurm"}
+_EXTRAS = {"pytest": "dev", "onnxruntime": "export", "ray": "ray", "submitit": "slurm"}
 
 
 def examine(store: Path, data_root: Path | None) -> int:

@@ -70,7 +70,7 @@ def help_answers() -> list[Figure]:
     return [Figure("qatbench --help", times, "s", 0.3)]
 
 
-def _ready(method: str, network: str, size: int, batch: int) -> tuple[Any, Any]:
+def _ready(method: str, network: str, size: int, batch: int, bits: str = "w4a4") -> tuple[Any, Any]:
     """A method on a real network with random images, and one batch."""
     import torch
     from qatbench.bench.assemble import assemble
@@ -85,29 +85,179 @@ def _ready(method: str, network: str, size: int, batch: int) -> tuple[Any, Any]:
     images = Batch(x, torch.randint(10, (batch,)), torch.zeros(batch, dtype=torch.long))
     net = find("networks", network)(3, 10).to(memory_format=torch.channels_last)
     spec = RunSpec(
-        method=method, bits="w32a32" if method == "fp32" else "w4a4", network=network, batch=batch, protocol="single"
+        method=method, bits="w32a32" if method == "fp32" else bits, network=network, batch=batch, protocol="single"
     )
     task = Task("classification", tuple("0123456789"), (batch // 10,) * 10, ("all",))
     return assemble(spec, net, task, images), images
 
 
+def _stepper(made: Any, images: Any) -> Callable[[], float]:
+    """CPU seconds of one training step of a method."""
+    opt = made.configure_optimizers()
+    made.train()
+
+    def step() -> None:
+        opt.zero_grad(set_to_none=True)
+        sum(made.compute_losses(images, True).values()).backward()
+        opt.step()
+
+    return lambda: seconds(step, time.process_time)
+
+
+def _resnet20(method: str, compiled: bool = False) -> tuple[Any, Any]:
+    """A method on resnet20 at W4A4, batch 128 of 32x32, channels_last."""
+    import torch
+    from qatbench.bench.quant.grid import ready_to_compile
+
+    made, images = _ready(method, "resnet20", 32, 128)
+    made.scope.compile = compiled and ready_to_compile(torch.device("cpu"))
+    return made, images
+
+
+def _saved_bytes(made: Any, images: Any) -> int:
+    """What autograd keeps between forward and backward pass, each storage once."""
+    import torch
+
+    seen: dict[int, int] = {}
+
+    def pack(t: Any) -> Any:
+        seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    made.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        losses = made.compute_losses(images, True)
+    del losses
+    return sum(seen.values())
+
+
 def lsq_step() -> list[Figure]:
-    """A training step of LSQ against that of the float network, both in channels_last."""
+    """A training step of LSQ, compiled and not, against that of the float network: time and memory (resnet20, batch 128, W4A4)."""
+    compiled, plain, base = _resnet20("lsq", compiled=True), _resnet20("lsq"), _resnet20("fp32")
+    kept = {name: _saved_bytes(*made) for name, made in (("compiled", compiled), ("plain", plain), ("float", base))}
+    steps = [_stepper(*made) for made in (compiled, plain, base)]
+    for step in steps:
+        step()
+    rounds = [[step() for step in steps] for _ in range(15)]
+    return [
+        Figure("LSQ step, compiled / float step (CPU seconds)", [a / c for a, _, c in rounds], "", 1.20),
+        Figure("LSQ step, uncompiled / float step (CPU seconds)", [b / c for _, b, c in rounds], "", 1.35),
+        Figure("kept for backward, LSQ compiled / float", [kept["compiled"] / kept["float"]], "", 1.35),
+        Figure("kept for backward, LSQ uncompiled / float", [kept["plain"] / kept["float"]], "", 1.6),
+    ]
 
-    def stepper(method: str) -> Callable[[], float]:
-        made, images = _ready(method, "resnet20", 32, 128)
-        opt = made.configure_optimizers()
-        made.train()
 
-        def step() -> None:
-            opt.zero_grad(set_to_none=True)
-            made.compute_losses(images, True)["task"].backward()
-            opt.step()
+def method_steps() -> list[Figure]:
+    """Training steps of other methods against the float step (resnet20, batch 128, W4A4, CPU seconds), and ADQ's codebooks."""
+    targets = {"adq": 1.6, "n2uq": 1.8, "apot": 1.8}
+    base = _stepper(*_resnet20("fp32"))
+    figures = []
+    for name, target in targets.items():
+        made = _resnet20(name)
+        step = _stepper(*made)
+        figures.append(Figure(f"{name} step / float step (CPU seconds)", in_turn(step, base, rounds=9), "", target))
+        if name == "adq":
+            figures.append(_upkeep(made[0], step))
+    return figures
 
-        return lambda: seconds(step, time.process_time)
 
-    ratios = in_turn(stepper("lsq"), stepper("fp32"), rounds=15)
-    return [Figure("LSQ W4A4 step / float step (resnet20, batch 128, CPU seconds)", ratios, "", 1.35)]
+def _upkeep(adq: Any, step: Callable[[], float]) -> Figure:
+    """Share of the time of ADQ's steps that moving the codebooks takes."""
+    import torch
+    from qatbench.bench.method import Run
+
+    run = Run(adq)
+    period = adq.params.period
+    shares = []
+    with torch.no_grad():
+        for _ in range(5):
+            spent = 0.0
+            for k in range(period):
+                adq.scope.step = k
+                spent += seconds(lambda: adq.after_update(run), time.process_time)
+            shares.append(100 * spent / (spent + sum(step() for _ in range(2)) * period / 2))
+    return Figure("codebook upkeep / all of ADQ's training", shares, "%", 5)
+
+
+def brevitas_step() -> list[Figure]:
+    """A step of the same network in brevitas with learned scales against LSQ's.
+
+    Brevitas is no dependency: install it into a folder of its own, and name the folder::
+
+        pip install --no-deps --target SCRATCH 'brevitas==0.13.*' dependencies==2.0.1 unfoldNd
+        QATBENCH_BREVITAS=SCRATCH make perf ARGS=brevitas_step
+    """
+    place = os.environ.get("QATBENCH_BREVITAS")
+    if not place:
+        print("brevitas_step is left out: QATBENCH_BREVITAS names no folder with brevitas", file=sys.stderr)
+        return []
+    sys.path.append(place)
+    made, images = _resnet20("fp32")
+    _to_brevitas(made.net)
+    theirs = _stepper(made, images)
+    for _ in range(4):  # the scales are collected in the first two steps, and are parameters from then on
+        theirs()
+    compiled, plain = _stepper(*_resnet20("lsq", compiled=True)), _stepper(*_resnet20("lsq"))
+    return [
+        Figure(
+            "brevitas step / LSQ step, compiled (CPU seconds)", in_turn(theirs, compiled, 9), "", 1.35, at_most=False
+        ),
+        Figure("brevitas step / LSQ step, uncompiled (CPU seconds)", in_turn(theirs, plain, 9), "", 1.0, at_most=False),
+    ]
+
+
+def _to_brevitas(net: Any) -> None:
+    """Put brevitas's layers with learned scales in the place of a network's: 4 bits, 8 in the first and the last."""
+    import torch
+    from brevitas import nn as qnn
+    from brevitas.inject.enum import ScalingImplType
+    from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerTensorFloat, Uint8ActPerTensorFloat
+    from qatbench.bench.quant import swap
+    from qatbench.bench.site import find_sites
+    from torch import nn
+
+    weight = Int8WeightPerTensorFloat.let(scaling_impl_type=ScalingImplType.PARAMETER_FROM_STATS)
+    for site in [s for s in find_sites(net, (3, 32, 32)) if s.kind == "layer"]:
+        old, bits = net.get_submodule(site.name), 8 if site.edge else 4
+        act = Int8ActPerTensorFloat if site.signed_input else Uint8ActPerTensorFloat
+        common = {"weight_quant": weight, "weight_bit_width": bits, "bias": old.bias is not None}
+        if isinstance(old, nn.Conv2d):
+            new = qnn.QuantConv2d(
+                old.in_channels, old.out_channels, old.kernel_size, stride=old.stride, padding=old.padding, **common
+            )
+        else:
+            new = qnn.QuantLinear(old.in_features, old.out_features, **common)
+        identity = qnn.QuantIdentity(act_quant=act.let(collect_stats_steps=2), bit_width=bits)
+        swap(net, site.name, nn.Sequential(identity, new))
+    net.to(memory_format=torch.channels_last)
+
+
+def planning() -> list[Figure]:
+    """Bit plans: sensitivities of resnet20 by 50 Hutchinson probes on 256 images, two threads; allocation for resnet56."""
+    import torch
+    from qatbench.bench.method import Probe
+    from qatbench.bench.quant.allocate import allocate
+    from qatbench.bench.registry import find
+    from qatbench.bench.site import find_sites
+
+    made, images = _ready("adq", "resnet20", 32, 256)
+    net = find("networks", "resnet20")(3, 10).to(memory_format=torch.channels_last).eval()
+    inner = [s for s in find_sites(net, (3, 32, 32)) if s.kind == "layer" and not s.edge]
+    torch.set_num_threads(2)
+    times = [seconds(lambda: made.harm(inner, made.candidates, Probe(net, images)))]
+    torch.set_num_threads(1)
+    large = [
+        s for s in find_sites(find("networks", "resnet56")(3, 10), (3, 32, 32)) if s.kind == "layer" and not s.edge
+    ]
+    rng = torch.Generator().manual_seed(0)
+    sensitivity = torch.randn(len(large), generator=rng).exp().tolist()
+    costs = {s.name: {b: t * s.weights * 4.0**-b for b in range(2, 9)} for s, t in zip(large, sensitivity, strict=True)}
+    sizes = {s.name: s.weights for s in large}
+    spent = [seconds(lambda: allocate(costs, sizes, 2.81)) for _ in range(3)]
+    return [
+        Figure("sensitivities of resnet20, two threads", times, "s", 60),
+        Figure("allocation of 2 to 8 bits, resnet56", spent, "s", 1),
+    ]
 
 
 def _epoch(method: Any, data: Any, tracker: Any, folder: Path) -> float:
@@ -403,8 +553,23 @@ def pipeline() -> list[Figure]:
     return [Figure("batches / float resnet20 step", shares[1:], "%", 2.0)]
 
 
+def export_latency() -> list[Figure]:
+    """The exported integer network against the float one, both in ONNX Runtime on one thread."""
+    from qatbench.bench.export import export_float, export_method, latency_ratios
+
+    figures = []
+    for bits, sums, target in (("w8a8", "int8", 0.75), ("w4a4", "int8", 1.0)):
+        made, images = _ready("lsq", "resnet20", 32, 128, bits)
+        made.eval()
+        ratios = latency_ratios(export_method(made, images.x, sums=sums).model, export_float(made, images.x), images.x)
+        what = "exported int8 resnet20" if bits == "w8a8" else "exported w4a4 resnet20, int8 sums"
+        figures.append(Figure(f"{what} / float in ONNX Runtime, batch 128", ratios, "", target))
+    return figures
+
+
 ALL = (
-    help_answers, lsq_step, harness_step, augmentation, pipeline, preparing, sharing, workers, memory, quickstart,
+    help_answers, lsq_step, method_steps, brevitas_step, planning, export_latency, harness_step, augmentation, pipeline,
+    preparing, sharing, workers, memory, quickstart,
 )  # fmt: skip
 
 
