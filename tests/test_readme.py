@@ -96,10 +96,10 @@ def test_suite_is_a_suite(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(block("yaml"))
     suite = load_suite(str(file))
-    assert len(suite.cells()) == 36
+    assert len(suite.cells()) == 36 + 6
     assert set(yaml.safe_load(block("yaml"))) <= set(type(suite).model_fields)
     found = {resolve(cell, data_root=None, cache=tmp_path).run_id for cell in suite.cells()}
-    assert len(found) == 30  # fp32 is one run whatever the bits
+    assert len(found) == 30 + 6  # fp32 is one run whatever the bits
 
 
 @pytest.fixture
