@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -83,8 +84,8 @@ class RootTwoPowers(Quantizer):
     """POST: ``w_q = scale * sign(w) * sqrt(2)^k`` with k from ``-(n - 1)`` to 0, ``n = 2^(b-1) - 1``, or 0; one scale a channel.
 
     The exponent is the nearest in the logarithm of ``|w| / scale``; below half the smallest level the weight is 0. A code is the
-    place of the level counted from 0, and has the sign of w. The gradient of w passes straight through, that of the scale is
-    ``w_q / scale - w / scale``, summed over the channel.
+    place of the level counted from 0, and has the sign of w. The gradient of w passes straight through. That of the scale is
+    ``w_q / scale - w / scale``, summed over the N weights of the channel, times ``1 / sqrt(N n)`` as in LSQ (``grad="lsq"``).
     """
 
     per = "channel"
@@ -94,9 +95,11 @@ class RootTwoPowers(Quantizer):
     edges: Tensor
     """Float [n], where the levels of ``|w| / scale`` change: half the smallest one, then the geometric means of neighbours."""
 
-    def __init__(self, bits: int, site: Site, scope: Scope) -> None:
+    def __init__(self, bits: int, site: Site, scope: Scope, grad: Literal["lsq", "plain"]) -> None:
         super().__init__(bits, site, scope, signed=True)
         self.qmin = -self.qmax  # symmetric
+        weights = site.weights / site.channels[0]
+        self.grad_scale = 1.0 if grad == "plain" else 1.0 / math.sqrt(weights * self.qmax)
         sizes = 2.0 ** (torch.arange(1 - self.qmax, 1, dtype=torch.float64) / 2)
         self.register_buffer("levels", torch.cat([-sizes.flip(0), sizes.new_zeros(1), sizes]).float(), persistent=False)
         self.register_buffer(
@@ -125,7 +128,7 @@ class RootTwoPowers(Quantizer):
         scale = self._scale(x)
         ratio = (x / scale).detach()
         level = self.levels[self._codes(ratio) + self.qmax]
-        slope = level - ratio.clamp(-LARGEST, LARGEST)
+        slope = (level - ratio.clamp(-LARGEST, LARGEST)) * self.grad_scale
         return snap(x + scale * slope, level * scale)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Decode]:
@@ -148,12 +151,14 @@ class ASQ(Method):
     Only the abstract was available: activation steps that a trained module adapts to the input, and weights on a basis of the
     square root of two, decoded by a table. The module's form is that of a public re-implementation, which also freezes it at the
     start of training (``warmup``). Ours are: that it starts at Delta = 0 and hands no gradient to its input; the range and the zero
-    of the weights' levels, and their learned scales. At 8 bits those levels reach further down than at 5 and are no closer, so the
-    weights of a first or last layer of 8 bits, which shall lose next to nothing, have a learned step (LSQ).
+    of the weights' levels, their learned scales and the factor on the scales' gradient, without which (``scale_grad="plain"``)
+    training goes astray at 2 bits. At 8 bits the levels reach further down than at 5 and are no closer, so the weights of a first
+    or last layer of 8 bits, which shall lose next to nothing, have a learned step (LSQ).
     """
 
     name = "asq"
     paper = "Zhou et al., Precision neural network quantization via learnable adaptive modules, 2025, arXiv 2504.17263"
+    version = 2
     fidelity = "reconstruction"
 
     class Params(Frozen):
@@ -161,6 +166,10 @@ class ASQ(Method):
 
         warmup: float = Field(
             0.1, ge=0, le=1, description="share of training, at the start, in which the modules are frozen"
+        )
+        scale_grad: Literal["lsq", "plain"] = Field(
+            "lsq",
+            description="gradient of the weights' scales: times 1 / sqrt(N n), with N the weights of a channel, or as it is",
         )
         module_lr: float = Field(1.0, gt=0, le=100, description="factor on the learning rate of the modules")
 
@@ -171,7 +180,7 @@ class ASQ(Method):
         """POST; a learned step in a first or last layer of 8 bits."""
         if site.edge and bits == 8:
             return LearnedStep(bits, site, scope, True, site.weights)
-        return RootTwoPowers(bits, site, scope)
+        return RootTwoPowers(bits, site, scope, self.params.scale_grad)
 
     def act_quantizer(self, bits: int, site: Site, scope: Scope) -> Quantizer:
         """A step a sample; unsigned after a ReLU."""

@@ -149,7 +149,7 @@ def test_common_codes_of_activations(bits: int, signed: bool, shape: tuple[int, 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_post_consecutive_level_ratio_is_root_2(bits: int) -> None:
     """The basis of the levels would not be the square root of two, or there would be more or fewer of them than bits allow."""
-    quantizer = RootTwoPowers(bits, SITE, Scope())
+    quantizer = RootTwoPowers(bits, SITE, Scope(), "plain")
     n = 2 ** (bits - 1) - 1
     levels = quantizer.levels.double()
     assert len(levels) == len(levels.unique()) == 2 * n + 1
@@ -167,7 +167,7 @@ def test_post_takes_the_nearest_exponent_or_zero(bits: int, seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
     w = torch.randn(4, 300, generator=rng).double() * torch.tensor([1.0, 0.01, 30.0, 1e-6]).view(-1, 1)
     w *= 2.0 ** (-40 * torch.rand(w.shape, generator=rng))  # over all exponents
-    quantizer = RootTwoPowers(bits, SITE, Scope()).double()
+    quantizer = RootTwoPowers(bits, SITE, Scope(), "plain").double()
     quantizer.fit(w)
     torch.testing.assert_close(quantizer.scale.detach(), 0.9 * w.abs().amax(1), rtol=1e-6, atol=0)
     u = w / quantizer.scale.detach().view(-1, 1)
@@ -185,7 +185,7 @@ def test_common_few_values_monotone_idempotent_weights(bits: int, seed: int) -> 
     """A width would be a claim, a larger weight be smaller than a smaller one, or a value on a level be moved to another."""
     w = torch.randn(4, 5, 3, 3, generator=torch.Generator().manual_seed(seed)) * 0.1
     w[1] *= 50
-    quantizer = RootTwoPowers(bits, SITE, Scope()).eval()
+    quantizer = RootTwoPowers(bits, SITE, Scope(), "plain").eval()
     quantizer.fit(w)
     check_codes("weight", quantizer, w)
     out = quantizer(w)
@@ -201,11 +201,35 @@ def test_common_few_values_monotone_idempotent_weights(bits: int, seed: int) -> 
     assert torch.equal(picked.view_as(w), out)
 
 
+def test_a_filter_of_zeros_has_a_scale() -> None:
+    """A pruned filter would be divided by zero."""
+    w = torch.randn(4, 5, 3, 3, generator=torch.Generator().manual_seed(0))
+    w[2] = 0
+    quantizer = RootTwoPowers(3, SITE, Scope(), "lsq")
+    quantizer.fit(w)
+    assert bool((quantizer.scale > 0).all())
+    assert not quantizer(w)[2].any()
+
+
+def test_the_scales_gradient_has_lsqs_factor() -> None:
+    """Scales would learn as many times too fast as there are weights in a filter: at 2 bits training goes astray."""
+    method, _ = ready("asq", bits="w3a3")
+    plain, _ = ready("asq", bits="w3a3", params={"asq": {"scale_grad": "plain"}})
+    grads = []
+    for one in (method, plain):
+        layer = one.net.get_submodule("layer2.0.conv2")
+        layer.weight_quantizer(layer.weight).square().sum().backward()
+        grads.append(layer.weight_quantizer.scale.grad)
+    weights = layer.weight[0].numel()
+    torch.testing.assert_close(grads[0], grads[1] / math.sqrt(weights * 3))
+    assert bool((grads[1] != 0).all())
+
+
 def test_weight_gradients_are_the_specs() -> None:
     """Weights or scales would be trained by another gradient than 1, and w_q/s - w/s summed over the channel."""
     w = torch.randn(4, 5, 3, 3, generator=torch.Generator().manual_seed(0)).double()
     grad = torch.randn(4, 5, 3, 3, generator=torch.Generator().manual_seed(1)).double()
-    quantizer = RootTwoPowers(4, SITE, Scope()).double()
+    quantizer = RootTwoPowers(4, SITE, Scope(), "plain").double()
     quantizer.fit(w)
     with torch.no_grad():
         quantizer.scale.mul_(torch.tensor([0.5, 1.0, 1.1, 2.0]))  # also with weights beyond the largest level
@@ -224,8 +248,8 @@ def test_gradients_are_finite(bits: int) -> None:
         for quantizer, x in (
             (adaptive(bits, True, seed=1), torch.full(SHAPES[0], value)),
             (adaptive(bits, True, seed=1), torch.full((9,), value)),  # fits no layer: plain LSQ
-            (RootTwoPowers(bits, SITE, Scope()), torch.full((4, 5, 3, 3), value)),
-            (RootTwoPowers(bits, SITE, Scope()), torch.full((9,), value)),
+            (RootTwoPowers(bits, SITE, Scope(), "plain"), torch.full((4, 5, 3, 3), value)),
+            (RootTwoPowers(bits, SITE, Scope(), "plain"), torch.full((9,), value)),
         ):
             quantizer.fit(x)
             leaf = x.clone().requires_grad_()
@@ -242,7 +266,7 @@ def test_what_is_nan_stays_visible() -> None:
     assert torch.isnan(adaptive(4, True, seed=0)(x)[1]).all()  # its step is NaN, too
     w = torch.randn(4, 6)
     w[2, 3] = torch.nan
-    assert torch.isnan(RootTwoPowers(4, SITE, Scope())(w)).nonzero().tolist() == [[2, 3]]
+    assert torch.isnan(RootTwoPowers(4, SITE, Scope(), "plain")(w)).nonzero().tolist() == [[2, 3]]
 
 
 def test_bfloat16_keeps_its_type() -> None:
@@ -293,7 +317,7 @@ def test_steps_and_scales_are_not_decayed_and_modules_have_their_own_rate() -> N
 
 def test_a_negative_scale_is_brought_back() -> None:
     """A filter's levels would be turned around after one large step."""
-    quantizer = RootTwoPowers(3, SITE, Scope())
+    quantizer = RootTwoPowers(3, SITE, Scope(), "plain")
     with torch.no_grad():
         quantizer.scale.fill_(-1.0)
         quantizer.project()
