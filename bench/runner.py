@@ -218,7 +218,9 @@ def load_run(store: Store, run_id: str, *, data_root: Path | None = None) -> Fin
         path, reason = store.aside[-1]
         raise UserError(f"{path} {reason}")
     if record["status"] != "done":
-        raise UserError(f"run {run_id} is {record['status']} ({record['reason']}); only a run that is done has a network")
+        raise UserError(
+            f"run {run_id} is {record['status']} ({record['reason']}); only a run that is done has a network"
+        )
     resolved = resolve(RunSpec(**record["spec"]), data_root=data_root, cache=store.cache)
     if resolved.run_id != run_id:
         raise UserError(f"run {run_id} was made by other code, settings or data than are here now; run it again")
@@ -303,15 +305,21 @@ class _Session:
         trained = spec.epochs > 0 and build(spec.method, spec.params).trains
         saved = read_checkpoint(last) if trained else None
         if trained and saved is None:
-            raise UserError(f"{last} is missing, and the trained weights with it; move the run's folder away and run it again")
+            raise UserError(
+                f"{last} is missing, and the trained weights with it; move the run's folder away and run it again"
+            )
         if not trained and not (float_folder / "net.pt").exists():
-            raise UserError(f"{float_folder / 'net.pt'} is missing, the float network; any new run from it makes it again")
+            raise UserError(
+                f"{float_folder / 'net.pt'} is missing, the float network; any new run from it makes it again"
+            )
         net = self._network(None if trained else float_folder)
         plan = None if saved is None else saved["qatbench"]["plan"]
         method = assemble(spec, net, self.data.task, self.data.probe(spec.calibration), plan)
         if saved is not None:
             weights = next(iter(selected(spec.selection, self.folder, [""])))
-            state = saved["state_dict"] if weights is None else torch.load(weights, weights_only=True, map_location="cpu")
+            state = (
+                saved["state_dict"] if weights is None else torch.load(weights, weights_only=True, map_location="cpu")
+            )
             try:
                 method.load_state_dict(state)
             except RuntimeError as error:

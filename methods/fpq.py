@@ -94,6 +94,7 @@ class FPQ(Wrapper):
         quantizer = self.inner.act_quantizer(bits, site, scope)
         if self.params.p:
             quantizer.register_forward_pre_hook(functools.partial(perturb, self.params.p))
+            quantizer.random = True
         return quantizer
 
     def taps(self, sites: Sequence[Site]) -> Sequence[str]:

@@ -17,6 +17,7 @@ from ..bench.spec import Frozen
 
 SMALLEST = 1e-3  # of a width, as in the authors' code, and of the two scales
 RANGE = 2.0  # the levels cover [0, 2], or [-1, 1] of a signed input
+COVERED = 0.999  # share of a probe inside the range
 MOST_CELLS = 2**14
 CHUNK = 2**16  # elements worked on at once, on a CPU
 LANES = 4  # sums a place: two additions in a row to one number would wait for each other
@@ -175,10 +176,12 @@ class LearnedThresholds(Quantizer):
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """The spacing of LSQ's start, ``2 <|x|> / sqrt(Q_P)``, if ``init="fit"``."""
-        mean = x.detach().float().abs().mean()
-        if self.init == "fit" and mean > 0:
-            self.unit.copy_(2 * mean / math.sqrt(self.qmax) * self.n / RANGE)
+        """The range ends at the 99.9th percentile of ``|x|``, if ``init="fit"``."""
+        size = x.detach().float().abs().flatten()
+        edge = size.kthvalue(max(1, round(COVERED * size.numel()))).values
+        edge = edge if edge > 0 else size.max()  # more than that may be zeros, after a ReLU
+        if self.init == "fit" and edge > 0:
+            self.unit.copy_(edge / (RANGE + self.offset))  # a signed input has levels on both sides
 
     def quantize(self, x: Tensor) -> Tensor:
         """See `GSTE`."""

@@ -85,10 +85,6 @@ class Replacement:
         return torch.where(chosen, q, x)
 
 
-def _kept(x: Tensor) -> None:
-    """In place of `Quantizer.redo`: a mixture is kept for the backward pass, since made again it would be another one."""
-
-
 class PEGE(Wrapper):
     """Progressive element-wise gradient estimation (2025, arXiv 2508.19988) around any method that trains: our reconstruction.
 
@@ -128,7 +124,7 @@ class PEGE(Wrapper):
     def _progressive(self, quantizer: Quantizer) -> Quantizer:
         quantizer.register_forward_pre_hook(self.replacement.before)
         quantizer.register_forward_hook(self.replacement.after)
-        quantizer.redo = _kept  # type: ignore[method-assign]
+        quantizer.random = True
         return quantizer
 
     def weight_quantizer(self, bits: int, site: Site, scope: Scope) -> Quantizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ TINY = (
     "--set",
     "batch=32",
 )
+
+
+def open_to_all(folder: Path) -> None:
+    """Let other users into a test's folder: pytest keeps its own folders, and a worker's, to itself."""
+    for place in (folder, *folder.parents):
+        if place.parent == Path(place.anchor) or place.name == Path(tempfile.gettempdir()).name:
+            break
+        place.chmod(0o755)
 
 
 def read_offline(file: Path) -> dict[str, Any]:

@@ -45,7 +45,8 @@ class QuantLayer(nn.Module):
         if self.act_quantizer is None:
             return apply_layer(x, weight, self.bias, self.conv)
         quantized = self.act_quantizer(x)
-        redo = self.act_quantizer.redo(x) if quantized.requires_grad else None
+        keeps = self.act_quantizer.random or not quantized.requires_grad
+        redo = None if keeps else self.act_quantizer.redo(x)
         if redo is None:
             return apply_layer(quantized, weight, self.bias, self.conv)
         with _made_again(quantized, redo):

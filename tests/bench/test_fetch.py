@@ -22,6 +22,7 @@ import pytest
 from qatbench.bench import fetch as fetch_module
 from qatbench.bench.errors import UserError
 from qatbench.bench.fetch import Remote, fetch, verify
+from support import open_to_all
 
 BODY = random.Random(0).randbytes(300_000)
 OTHER = random.Random(1).randbytes(300_000)
@@ -208,8 +209,7 @@ def test_a_file_on_disk_is_checked_each_time(tmp_path):
 def test_a_file_in_a_folder_that_may_only_be_read(tmp_path):
     """Shared data, read-only, could not be used at all."""
     (tmp_path / "x").write_bytes(BODY)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    open_to_all(tmp_path)
     code = f"""
         import os
         os.setresuid(65534, 65534, 65534)

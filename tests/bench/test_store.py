@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from qatbench.bench.errors import UserError
 from qatbench.bench.store import SCHEMA, BusyError, Store
+from support import open_to_all
 
 ID = "0123456789abcdef"
 
@@ -190,8 +191,7 @@ def test_a_read_only_store_is_one_line_and_can_be_read(tmp_path):
     store.write(record(status="failed", reason="x"))
     with store.lock(ID):
         pass
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    open_to_all(tmp_path)
     child = as_child(
         f"""
         store = Store(sys.argv[1])

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qatbench.bench.errors import RunFailed
 from qatbench.bench.method import Method, Out, Tap
-from qatbench.bench.quant import Quantizer, Scope, UniformQuantizer
+from qatbench.bench.quant import Quantizer, QuantLayer, Scope, UniformQuantizer, quant_layers
 from qatbench.bench.quant.layer import apply_layer
 from qatbench.bench.site import Site
 from qatbench.bench.testing import MethodContract, all_train, logits, ready, same, state, train
 from qatbench.methods.fpq import EPS, channel_wise_distance, noise, perturb
 from qatbench.methods.lsq import LearnedStep
-from torch import Tensor
+from torch import Tensor, nn
 
 SITE = Site("layer", "layer", (4,), weights=36, inputs=72)
 SMALL = settings(deadline=None, derandomize=True, database=None, max_examples=25)
@@ -234,3 +234,25 @@ def test_the_distance_is_to_the_float_network_and_trains_the_student_alone() -> 
     losses["csd"].backward()
     assert method.net.conv1.weight.grad.abs().max() > 0
     assert all(p.grad is None for p in method._float_teacher[0].parameters())
+
+
+def test_a_perturbed_input_is_not_made_again_in_the_backward_pass() -> None:
+    """With compiled kernels the weight's gradient would be that of the clean input, not of the perturbed one that was used."""
+    torch.manual_seed(0)
+    method, _ = ready("fpq+lsq")
+    noisy = [layer.act_quantizer for _, layer in quant_layers(method.net)]
+    assert noisy
+    assert all(quantizer is not None and quantizer.random for quantizer in noisy)
+    calm, _ = ready("fpq+lsq", params={"fpq": {"p": 0.0}})
+    assert not any(layer.act_quantizer.random for _, layer in quant_layers(calm.net))  # type: ignore[union-attr]
+
+
+def test_a_layer_keeps_the_perturbed_input() -> None:
+    """The mark that says so would have no effect."""
+    quantizer = act_quantizer()
+    quantizer.redo = lambda x: lambda: torch.zeros_like(x)  # type: ignore[method-assign]  # what compiled kernels offer
+    quantizer.random = True
+    layer = QuantLayer(nn.Linear(4, 2), None, quantizer)
+    x = features()[0].relu()
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, quantizer(x).detach().flatten(0, 2).sum(0).expand(2, 4))

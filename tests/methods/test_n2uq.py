@@ -155,22 +155,25 @@ def test_adq_9_a_width_learns_only_from_what_is_right_of_its_segments_start() ->
         assert torch.equal(quantizer.widths.grad != 0, inside)
 
 
-def test_fit_covers_the_probe_and_keeps_its_scale() -> None:
+@pytest.mark.parametrize("signed", [False, True])
+def test_fit_covers_the_probe_and_keeps_its_scale(signed: bool) -> None:
     """Training would start far from the float network: with the paper's range most of a layer's input may lie above 2."""
-    x = torch.randn(5000, generator=torch.Generator().manual_seed(0)).relu() * 40
+    x = torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 40
+    x = x if signed else x.relu()
     for bits in (2, 4, 8):
-        fitted, paper = (
-            LearnedThresholds(bits, SITE, Scope(), False),
-            LearnedThresholds(bits, SITE, Scope(), False, "paper"),
-        )
+        fitted, paper = (LearnedThresholds(bits, SITE, Scope(), signed, init) for init in ("fit", "paper"))
         fitted.fit(x)
         paper.fit(x)
-        assert fitted.step.item() == pytest.approx(2 * float(x.mean()) / fitted.n**0.5)
-        error = (fitted(x) - x).square().mean() / x.square().mean()
-        assert error < (0.2 if bits == 2 else 0.02)
-        assert paper(x).max().item() == pytest.approx(2.0)
-    fitted.fit(torch.zeros(9))
-    assert torch.isfinite(fitted(x)).all()
+        assert fitted(x).max().item() == pytest.approx(float(x.abs().quantile(0.999)), rel=0.01)
+        assert (x.abs() > fitted(x).max() + fitted.step / 2).double().mean() < 0.002
+        assert (fitted(x) - x).square().mean() < {2: 0.5, 4: 0.03, 8: 0.001}[bits] * x.square().mean()
+        assert paper(x).max().item() == pytest.approx(1.0 if signed else 2.0)
+    mostly_zero = torch.zeros(5000)
+    mostly_zero[0] = 3.0
+    for seen, top in ((mostly_zero, 3.0), (torch.zeros(9), 1.0 if signed else 2.0)):
+        fitted = LearnedThresholds(4, SITE, Scope(), signed)
+        fitted.fit(seen)
+        assert fitted(torch.tensor([1e6])).item() == pytest.approx(top)
 
 
 def test_what_is_not_finite_stays_visible() -> None:

@@ -21,6 +21,7 @@ from qatbench.bench.store import Store
 from qatbench.sweeps.local import SweepResult, find_gpus, parse_duration, places, sweep, usable_cores
 from qatbench.sweeps.status import status
 from rich.console import Console
+from support import open_to_all
 
 PLUGIN = Path(__file__).with_name("tiny.py")
 
@@ -239,8 +240,7 @@ def test_read_only_store(tmp_path):
             print(error)
             sys.exit(2)
     """)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    open_to_all(tmp_path)
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert process.returncode == 2, process.stderr
     assert (
