@@ -294,7 +294,9 @@ def export_(
     opset: Annotated[int, typer.Option("--opset", help="Of ONNX; from 21 on, up to 4 bits are INT4 and UINT4.")] = 20,
     sums: Annotated[
         Sums,
-        typer.Option("--sums", help="Residual sums: int8 is fast, float exact; auto: int8 where inputs have 8 bits."),
+        typer.Option(
+            "--sums", help="Biases and residual sums: int8 is fast, float exact; auto: int8 where inputs have 8 bits."
+        ),
     ] = Sums.auto,
     store: StoreOption = DEFAULT_STORE,
     data_root: DataOption = None,

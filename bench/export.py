@@ -65,9 +65,9 @@ def export_method(method: Method, images: Tensor, opset: int = DEFAULT_OPSET, su
         method: In eval mode, on the CPU.
         images: float [B, C, H, W], of the training split: grids are looked at on them, and residual sums are scaled to them.
         opset: One of `OPSETS`. From 21 on, weights and inputs of at most 4 bits are INT4 and UINT4.
-        sums: What residual sums are kept as. Methods leave them in float; ``int8`` rounds them to eight bits, so that the runtime
-            need not leave the integers between two layers. ``auto`` does it where all layers read eight bits themselves: with
-            fewer, the rounding moves more predictions than it is worth.
+        sums: What biases and residual sums are kept as. Methods leave them in float; ``int8`` rounds biases to the grid of the
+            integer sums and residual sums to eight bits, so that the runtime need not leave the integers between two layers.
+            ``auto`` does it where all layers read eight bits themselves: with fewer, the rounding moves too many predictions.
 
     Raises:
         NoIntegerForm: The network has no layer on integers, or its grids depend on what a file cannot know.
@@ -77,8 +77,10 @@ def export_method(method: Method, images: Tensor, opset: int = DEFAULT_OPSET, su
     from .quant.onnx_graph import four_bit_weights, integer_sums
 
     _check_form(method, images)
+    wide = all(bits.a == 8 for bits in method.bit_plan.values())
+    rounds = sums == "int8" or (sums == "auto" and wide)
     try:
-        net = onnx_net(method.net, method.sites, images, four=opset >= FOUR_BITS)
+        net = onnx_net(method.net, method.sites, images, four=opset >= FOUR_BITS, integer_bias=rounds)
     except ValueError as error:
         raise NoIntegerForm(str(error)) from error
     model = _to_onnx(_Predicts(method, net), images, opset)
@@ -86,8 +88,7 @@ def export_method(method: Method, images: Tensor, opset: int = DEFAULT_OPSET, su
         four_bit_weights(model)
     layers = [layer for layer in net.modules() if isinstance(layer, OnnxLayer)]
     eight = opset < FOUR_BITS or all(min(bits) > 4 for bits in method.bit_plan.values())
-    wide = all(bits.a == 8 for bits in method.bit_plan.values())
-    if sums == "float" or not (eight and all(layer.integer for layer in layers)) or (sums == "auto" and not wide):
+    if not (rounds and eight and all(layer.integer for layer in layers)):
         return Exported(model, opset, "float")
     integer_sums(model, lambda model, names: _values(model, names, images))
     return Exported(model, opset, "int8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..bench.resolve import Resolved, resolve
 from ..bench.spec import RunSpec, SuiteSpec, canonical_json
@@ -21,14 +22,20 @@ def expand(suite: SuiteSpec, *, data_root: Path | None, cache: Path) -> list[Res
 def labels(specs: Sequence[RunSpec]) -> list[str]:
     """Short names for people: method, bits and seed, and of the rest only what differs within the suite."""
     axes = [a for a in ("data", "protocol", "network") if len({getattr(s, a) for s in specs}) > 1]
-    seen: dict[tuple[str, str], set[str]] = {}  # data set and setting -> its values
+    seen: dict[tuple[str, str], set[str]] = {}  # data set or method, and setting -> its values
     for s in specs:
-        for key, value in s.data_params.items():
-            seen.setdefault((s.data, key), set()).add(canonical_json(value))
+        for owner, key, value in _settings(s):
+            seen.setdefault((owner, key), set()).add(canonical_json(value))
     return [
         " ".join([
             s.method, s.bits, *(str(getattr(s, a)) for a in axes),
-            *(f"{k}={v}" for k, v in s.data_params.items() if len(seen[s.data, k]) > 1), f"s{s.seed}",
+            *(f"{key}={value}" for owner, key, value in _settings(s) if len(seen[owner, key]) > 1), f"s{s.seed}",
         ])
         for s in specs
     ]  # fmt: skip
+
+
+def _settings(spec: RunSpec) -> list[tuple[str, str, Any]]:
+    """The settings of a run's data set and of its methods."""
+    owned = {spec.data: spec.data_params, **spec.params}
+    return [(owner, key, value) for owner, settings in owned.items() for key, value in settings.items()]

@@ -57,6 +57,11 @@ def test_labels_name_what_differs(cache):
     runs = expand(tails, data_root=None, cache=cache)
     assert labels([r.spec for r in runs]) == ["lsq w4a4 imbalance=2.0 s0", "lsq w4a4 imbalance=5.0 s0"]
     assert {r.spec.protocol for r in runs} == {"longtail"}
+    settings = SuiteSpec(
+        name="s", method="kd+lsq", params=[{"kd": {"weight": 0.1}}, {"kd": {"weight": 0.2, "temperature": 4}}]
+    )
+    runs = expand(settings, data_root=None, cache=cache)
+    assert labels([r.spec for r in runs]) == ["kd+lsq w4a4 weight=0.1 s0", "kd+lsq w4a4 weight=0.2 s0"]
 
 
 def test_suites_that_come_along(cache):
