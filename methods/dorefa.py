@@ -72,6 +72,7 @@ class DoReFa(Method):
     """
 
     name = "dorefa"
+    version = 2  # 2: activations on the grid of round_to_grid
     paper = "Zhou et al., DoReFa-Net, 2016, arXiv 1606.06160"
     fidelity = "paper"
     first_last = "fp"

@@ -163,7 +163,7 @@ class OnnxLayer(nn.Module):
         norm: The batch norm that takes the layer's output and nothing else. It is multiplied into the scales, and the codes stay.
         four: Whether four-bit types are used.
         integer_bias: Whether the bias is rounded to the grid of the integer sums, which the runtime's integer kernels ask for. With
-            few bits that grid is coarse enough to turn codes of the next layer (LSQ W4A4, resnet20 on CIFAR-10: 4 % of predictions).
+            few bits that grid is coarse enough to turn codes of the next layer (LSQ W4A4, resnet20, CIFAR-10: 4 % of predictions).
     """
 
     bias: Tensor | None
