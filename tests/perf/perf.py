@@ -166,16 +166,17 @@ def _upkeep(adq: Any, step: Callable[[], float]) -> Figure:
     import torch
     from qatbench.bench.method import Run
 
-    run = Run(adq)
-    period = adq.params.period
-    shares = []
-    with torch.no_grad():
-        for _ in range(5):
-            spent = 0.0
-            for k in range(period):
-                adq.scope.step = k
-                spent += seconds(lambda: adq.after_update(run), time.process_time)
-            shares.append(100 * spent / (spent + sum(step() for _ in range(2)) * period / 2))
+    run, period, shares = Run(adq), adq.params.period, []
+    adq.scope.steps = 100 * period  # else training has ended, and codebooks stay
+
+    @torch.no_grad()
+    def follow() -> None:
+        for adq.scope.step in range(period):
+            adq.after_update(run)
+
+    for _ in range(5):
+        upkeep = seconds(follow, time.process_time)
+        shares.append(100 * upkeep / (upkeep + sum(step() for _ in range(2)) * period / 2))
     return Figure("codebook upkeep / all of ADQ's training", shares, "%", 5)
 
 
