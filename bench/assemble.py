@@ -41,7 +41,6 @@ def assemble(spec: RunSpec, net: nn.Module, task: Task, probe: Batch, plan: Mapp
     sites = find_sites(net, image)
     float_net = copy.deepcopy(net)
     scope = Scope()
-    scope.domain = probe.domain
     for member in method.members:  # a plan or a quantizer may look at the spec and the task
         member.spec, member.task, member.scope = spec, task, scope
     replaced = _replace(method, net, sites, scope)
@@ -57,6 +56,7 @@ def assemble(spec: RunSpec, net: nn.Module, task: Task, probe: Batch, plan: Mapp
     useless = has_effect(method, net, replaced)
     if useless:
         raise RunFailed(f"{useless} changes nothing in {spec.network} at {spec.bits}: it found no place to act on")
+    scope.domain = probe.domain
     if plan is None:
         calibrate(net, probe.x)
     scope.compile = spec.compile and ready_to_compile(probe.x.device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -152,6 +153,10 @@ class Run:
         """One pass over the unaugmented training images."""
         return self.method.data.train_batches(self.method.spec.batch)
 
+    def val_batches(self) -> Iterator[Batch]:
+        """One pass over the validation images, domain after domain: what a method may select its own settings on."""
+        return itertools.chain.from_iterable(self.method.data.val_dataloader())
+
 
 # Lightning calls these on the outermost module only, so a method inside a chain would silently lose them.
 _FINAL = (
@@ -190,7 +195,7 @@ class Method(L.LightningModule):
     teacher: TeacherKind | None = None
     """Whose outputs on the same images `losses` finds in `Out.teacher`."""
     alters: ClassVar[frozenset[str]] = frozenset()
-    """Of logits, joint, head, norm, step: what cannot be altered twice in one chain."""
+    """Of logits, loss, joint, head, norm, step: what cannot be altered twice in one chain."""
     test_params: ClassVar[Mapping[str, Any]] = {}
     """Settings under which every mechanism fires within 20 steps."""
 
@@ -315,6 +320,13 @@ class Method(L.LightningModule):
                     groups.setdefault(special.get(name, (1.0, None)), []).append(parameter)
         return [{"params": ps, "lr_scale": scale, "weight_decay": wd} for (scale, wd), ps in groups.items()]
 
+    def prepare(self, net: nn.Module) -> None:
+        """Make buffers and parameters of the method's own whose shape depends on task or network.
+
+        Called on every method of a chain, the inner first, when the network is quantized and calibrated, and before a checkpoint
+        is loaded or the optimizer made.
+        """
+
     def stages(self, epochs: int) -> list[Stage]:
         """How the epochs are spent."""
         return [Stage("train", epochs)]
@@ -378,6 +390,8 @@ class Method(L.LightningModule):
         self._teachers = kinds = {m.teacher for m in self.members} - {None}
         # The float teacher stays outside the module tree: it is neither trained nor saved.
         self._float_teacher = [parts.float_net.eval().requires_grad_(False)] if "float" in kinds else []
+        for member in self.members:
+            member.prepare(net)
         if "ema" in kinds:
             self.ema = copy.deepcopy(net).eval().requires_grad_(False)
         self._quantizers = [m for m in net.modules() if isinstance(m, Quantizer)]
@@ -578,7 +592,7 @@ class Method(L.LightningModule):
 class Wrapper(Method):
     """Adds to any other method; what it does not override is the inner method's.
 
-    ``replace``, ``taps`` and the hooks (``start`` to ``validated``) are called on every member of a chain, so a wrapper overrides
+    ``replace``, ``taps``, ``prepare`` and the hooks (``start`` to ``validated``) are called on every member of a chain, so a wrapper overrides
     them without calling the inner method's; everything else it overrides may call ``self.inner``.
 
     Args:
