@@ -220,7 +220,9 @@ class MethodContract:
             if method.trains:
                 train(method, data, tmp_path / str(width))
             method.eval()
-            for name, quantizer, x in quantizers_with_inputs(method, all_train(data)):
+            images = all_train(data)
+            for name, quantizer, x in quantizers_with_inputs(method, images):
+                method.scope.domain = images.domain
                 check_codes(name, quantizer, x)
                 method.scope.domain = method.probe.domain
                 wild = torch.randn(len(method.probe), *x.shape[1:], generator=torch.Generator().manual_seed(0)) * 10

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..site import Site
 from .quantizer import Decode, Quantizer, Scope
 from .uniform import round_ste
@@ -18,106 +22,239 @@ class CdfQuantizer(Quantizer):
 
     mu and sigma (unbiased) are those of the tensor at hand, in every pass, as for weights: nothing is fitted. The rounding's
     gradient passes straight through, so with constant statistics that of x is ``2 alpha phi(x)``, phi the normal density with
-    this mu and sigma. Codes are 0 to n. A subclass with other statistics overrides `statistics`, and `reach` if alpha follows them.
+    this mu and sigma. Codes are 0 to n. A subclass with other statistics overrides `statistics`.
 
     Args:
         bits, site, scope: See `Quantizer`.
-        alpha: Half the width of the levels' range.
+        alpha: Half the width of the levels' range; in units of sigma if ``relative``.
         through: Whether the gradient goes through mu and sigma, too.
+        relative: Whether the range follows sigma, so that the tensor keeps its scale.
+        surrogate: Whether the rounding has the gradient of EmaQ (arXiv 2606.04920v1, Eq. 11 and 12) instead of 1:
+            ``S(psi) (1 - S(psi))`` with the logistic S and ``psi = 2 (frac(n y) - 1/2)``, from 0.197 to 1/4.
+        unit: Whether the gradient is multiplied by ``sigma sqrt(2 pi)``, so that phi is at most 1 whatever the tensor's scale.
+        steps: n, if it is not ``2^m - 1``; at most that.
     """
 
     alpha: Tensor
 
-    def __init__(self, bits: int, site: Site, scope: Scope, alpha: float = 2.0, through: bool = False) -> None:
+    def __init__(
+        self,
+        bits: int,
+        site: Site,
+        scope: Scope,
+        alpha: float = 2.0,
+        through: bool = False,
+        *,
+        relative: bool = False,
+        surrogate: bool = False,
+        unit: bool = False,
+        steps: int | None = None,
+    ) -> None:
         super().__init__(bits, site, scope, signed=False)
-        self.through = through
+        self.through, self.relative, self.surrogate, self.unit = through, relative, surrogate, unit
+        if through and (surrogate or unit):
+            raise ValueError("surrogate and unit are for constant statistics; drop them, or through")
+        self.qmax = self.qmax if steps is None else steps
         self.register_buffer("alpha", torch.tensor(alpha), persistent=False)
 
     @property
-    def step(self) -> Tensor:
-        """Spacing of the levels, ``2 alpha / n``."""
-        return 2 * self.alpha / self.qmax
+    def step(self) -> Tensor | None:
+        """Spacing of the levels, ``2 alpha / n``; None where it follows the tensor at hand."""
+        return None if self.relative else 2 * self.alpha / self.qmax
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, broadcastable to x (float32 or float64); here scalars."""
         return normal_fit(x)
 
-    def reach(self, std: Tensor) -> Tensor:
-        """Half the width of the levels' range, broadcastable to x."""
-        return self.alpha
+    def spread(self, std: Tensor) -> Tensor:
+        """The deviation that the CDF is given, broadcastable to x."""
+        return std
+
+    def place(self, x: Tensor, mean: Tensor, spread: Tensor, reach: Tensor) -> Tensor:
+        """Where x lies on the grid, 0 to n, not yet rounded: ``n Phi((x - mean) / spread)``."""
+        return _place(x, mean, spread, self.qmax)
 
     def quantize(self, x: Tensor) -> Tensor:
-        """On 2^m levels."""
-        place, reach = self._place(x)
-        return self._value(round_ste(place), reach).to(x.dtype)
+        """On the levels."""
+        y = _precise(x)
+        mean, std = self.statistics(y if self.through else y.detach())
+        spread, reach = self.spread(std), self.alpha * std if self.relative else self.alpha
+        if self.through:
+            return _value(round_ste(self.place(y, mean, spread, reach)), reach, self.qmax).to(x.dtype)
+        how = self.qmax, self.surrogate, self.unit
+        return _Projection.apply(y, mean, spread, reach, *how).to(x.dtype)  # type: ignore[union-attr]
 
     def encode(self, x: Tensor) -> tuple[Tensor, Decode]:
         """Codes 0 to n."""
-        place, reach = self._place(x.detach())
-        fixed = reach.detach().clone()
-        return place.round().int(), lambda codes: self._value(codes.to(place.dtype), fixed)
+        y = _precise(x.detach())
+        mean, std = self.statistics(y)
+        reach = (self.alpha * std if self.relative else self.alpha).detach().clone()
+        codes = self.place(y, mean, self.spread(std), reach).round().int()
+        return codes, lambda k: _value(k.to(y.dtype), reach, self.qmax)
 
-    def _place(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``n Phi((x - mu) / sigma)``, not yet rounded, and the reach; float32 at least: bfloat16 cannot tell 8 bits apart."""
-        x = _precise(x)
-        mean, std = self.statistics(x if self.through else x.detach())
-        return torch.special.ndtr((x - mean) / std) * self.qmax, self.reach(std)
-
-    def _value(self, codes: Tensor, reach: Tensor) -> Tensor:
-        return (2 * codes / self.qmax - 1) * reach
+    def extra_repr(self) -> str:
+        """With alpha."""
+        return f"{super().extra_repr()}, alpha={float(self.alpha):g}{' sigma' if self.relative else ''}"
 
 
 class RunningCdfQuantizer(CdfQuantizer):
     """For activations: the batch's statistics while training, running averages in use; levels in ``+- alpha sigma``.
 
-    The averages start at the probe's statistics, and move in training passes that may move statistics (`Scope.track`).
+    The averages start at the probe's statistics, and move in training passes that may move statistics (`Scope.track`). With
+    several domains there are statistics for each; an image of a domain unseen in training meets the mean of them all.
+
+    Args:
+        domains: How many training domains; 1: whatever the domain, one grid.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, bits: int, site: Site, scope: Scope, alpha: float = 2.0, through: bool = False) -> None:
-        super().__init__(bits, site, scope, alpha, through)
-        self.register_buffer("mean", torch.zeros(()))
-        self.register_buffer("std", torch.ones(()))
+    def __init__(
+        self,
+        bits: int,
+        site: Site,
+        scope: Scope,
+        alpha: float = 2.0,
+        through: bool = False,
+        *,
+        domains: int = 1,
+        surrogate: bool = False,
+        steps: int | None = None,
+    ) -> None:
+        super().__init__(bits, site, scope, alpha, through, relative=True, surrogate=surrogate, steps=steps)
+        self.domains, self._rank = domains, 4
+        self.per = "tensor" if domains == 1 else "domain"  # type: ignore[misc]
+        self.register_buffer("mean", torch.zeros(domains) if domains > 1 else torch.zeros(()))
+        self.register_buffer("std", torch.ones(domains) if domains > 1 else torch.ones(()))
 
     @property
     def step(self) -> Tensor:
-        """Spacing of the levels, ``2 alpha sigma / n``, in use."""
-        return 2 * self.alpha * self.std / self.qmax
+        """Spacing of the levels in use, ``2 alpha sigma / n``; with several domains one for each sample of the batch in flight."""
+        return 2 * self.alpha * self._of_samples(self.std, self._rank) / self.qmax
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
         """Statistics of the probe."""
-        self._move(*normal_fit(_precise(x)), 1.0)
+        self._move(*self._measure(_precise(x)), share=1.0)
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The batch's while training, else the averages."""
-        if not self.training:
-            return self.mean, self.std
-        mean, std = normal_fit(x)
-        if self.scope.track:
-            self._move(mean.detach(), std.detach(), MOMENTUM)
-        return mean, std
+        self._rank = x.ndim
+        mean, std = self.mean, self.std
+        if self.training:
+            mean, std = self._measure(x)
+            if self.scope.track:
+                self._move(mean.detach(), std.detach(), MOMENTUM)
+        return self._of_samples(mean, x.ndim), self._of_samples(std, x.ndim)
 
-    def reach(self, std: Tensor) -> Tensor:
-        """``alpha sigma``."""
-        return self.alpha * std
+    def _measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of each domain's part of the batch; NaN of one that is absent."""
+        if self.domains == 1:
+            return normal_fit(x, together=self.training and not self.through)
+        assert self.scope.domain is not None
+        return normal_fit(x, self.scope.domain, self.domains, together=self.training and not self.through)
+
+    def _of_samples(self, values: Tensor, rank: int) -> Tensor:
+        """Each sample's own value, [B, 1, ..]; a scalar with one domain."""
+        domain = self.scope.domain
+        if self.domains == 1:
+            return values
+        if domain is None:
+            return values.mean()
+        known = torch.cat([values, values.nanmean(0, keepdim=True)])  # -1, unseen in training, is the last
+        return known[domain].view(-1, *(1,) * (rank - 1))
 
     def _move(self, mean: Tensor, std: Tensor, share: float) -> None:
-        self.mean.lerp_(mean.to(self.mean.dtype), share)
-        self.std.lerp_(std.to(self.std.dtype), share)
+        for ours, theirs in ((self.mean, mean), (self.std, std)):
+            theirs = theirs.to(ours.dtype)
+            ours.lerp_(torch.where(theirs.isnan(), ours, theirs), share)
 
 
-def normal_fit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased standard deviation of all elements (scalars), the latter at least 1e-5; differentiable."""
+class _Projection(torch.autograd.Function):
+    """See `CdfQuantizer`; statistics are constants. It keeps its input only, which the layer before keeps anyway."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, spread: Tensor, reach: Tensor, steps: int, surrogate: bool, unit: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x, mean, spread, reach)
+        ctx.how = steps, surrogate, unit
+        return _value(_place(x, mean, spread, steps).round_(), reach, steps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, mean, spread, reach = ctx.saved_tensors
+        steps, surrogate, unit = ctx.how
+        bell = (x - mean).mul_(1 / (spread * math.sqrt(2))).square_().neg_().exp_()  # phi sigma sqrt(2 pi)
+        factor = 2 * reach if unit else 2 * reach / (spread * math.sqrt(2 * math.pi))
+        out = bell.mul_(grad).mul_(factor)
+        return out.mul_(surrogate_slope(_place(x, mean, spread, steps))) if surrogate else out, *(None,) * 6
+
+
+def surrogate_slope(place: Tensor) -> Tensor:
+    """What EmaQ takes for the derivative of the rounding at a place on the grid (1 apart): Eq. 11 and 12."""
+    logistic = torch.sigmoid(2 * (place - place.floor() - 0.5))
+    return logistic * (1 - logistic)
+
+
+def _place(x: Tensor, mean: Tensor, spread: Tensor, steps: int) -> Tensor:
+    """``n Phi((x - mu) / sigma)``, not yet rounded."""
+    v = (x - mean) / (spread * math.sqrt(2))
+    if v.requires_grad:
+        return (v.erf() + 1) * (steps / 2)
+    return v.erf_().add_(1).mul_(steps / 2)
+
+
+def _value(codes: Tensor, reach: Tensor, steps: int) -> Tensor:
+    return (codes * (2 / steps) - 1) * reach
+
+
+def normal_fit(
+    x: Tensor, group: Tensor | None = None, groups: int = 1, together: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation, the latter at least 1e-5; differentiable unless ``together``.
+
+    Args:
+        x: float32 or float64 [B, ..].
+        group: int64 [B], 0 to ``groups`` - 1, what is measured apart; None: all elements together.
+        groups: How many.
+        together: Over all ranks of a distributed run.
+
+    Returns:
+        Two scalars, or two tensors [groups], NaN where a group is absent.
+    """
+    rows = _rows(x) if x.ndim > 1 or group is not None else x[None]
+    if group is None:
+        index, count = torch.zeros(len(rows), dtype=torch.int64, device=x.device), x.new_full((1,), float(x.numel()))
+    else:
+        index, count = group, torch.bincount(group, minlength=groups).to(x.dtype) * (x.numel() / len(x))
+
+    def added(values: Tensor) -> Tensor:
+        whole = values.new_zeros(groups).index_add(0, index, values)
+        return ranks.sum_(whole.detach()) if together and ranks.count() > 1 else whole
+
     size = x.detach().abs().amax().clamp(min=SMALLEST_STD)  # the squares of large values would overflow
-    std, mean = torch.std_mean(x / size, correction=min(1, x.numel() - 1))
-    return mean * size, (std * size).clamp(min=SMALLEST_STD)
+    if together and ranks.count() > 1:
+        count, size = ranks.sum_(count), ranks.sum_(size)
+    mean = added(rows.mean(1) * rows.shape[1]) / count  # NaN where there is nothing
+    centred = torch.addcmul(-(mean / size)[index][:, None], rows, 1 / size)
+    var = added(torch.linalg.vecdot(centred, centred)) / (count - 1).clamp(min=1)
+    std = (var.clamp(min=1e-30).sqrt() * size).clamp(min=SMALLEST_STD)
+    std = torch.where(count > 0, std, torch.nan)
+    return (mean[0], std[0]) if group is None else (mean, std)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, N], in the order of memory."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        x = x.permute(0, 2, 3, 1)
+    return x.reshape(len(x), -1)
 
 
 def _precise(x: Tensor) -> Tensor:
+    """float32 at least: bfloat16 cannot tell 8 bits apart."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-__all__ = ["CdfQuantizer", "RunningCdfQuantizer", "normal_fit"]
+__all__ = ["CdfQuantizer", "RunningCdfQuantizer", "normal_fit", "surrogate_slope"]

@@ -31,6 +31,14 @@ class Scope:
         self.track = self.compile = False
         self.step = self.steps = self.epoch = self.epochs = 0
 
+        self._present: tuple[Tensor | None, list[int]] = None, []
+
+    def present(self) -> list[int]:
+        """The domains in the batch, ascending; read from the device once a batch."""
+        if self._present[0] is not self.domain:
+            self._present = self.domain, [] if self.domain is None else self.domain.unique().tolist()
+        return self._present[1]
+
     def __deepcopy__(self, memo: dict) -> Scope:
         return self  # a copy of a network (teacher, deployed form) sees the same batch
 
