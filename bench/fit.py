@@ -188,7 +188,9 @@ def selected(rule: str, folder: Path, domains: Sequence[str]) -> dict[Path | Non
     return groups
 
 
-def make_trainer(device: torch.device, epochs: int = 1, callbacks: list[L.Callback] | None = None) -> L.Trainer:
+def make_trainer(
+    device: torch.device, epochs: int = 1, callbacks: list[L.Callback] | None = None, **settings: Any
+) -> L.Trainer:
     """A Lightning trainer that only trains: the harness logs, saves and shows progress itself."""
     logging.getLogger("lightning.pytorch").setLevel(
         logging.WARNING
@@ -204,6 +206,7 @@ def make_trainer(device: torch.device, epochs: int = 1, callbacks: list[L.Callba
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
+        **settings,
     )
 
 

@@ -11,6 +11,15 @@ def count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def total(x: Tensor) -> Tensor:
+    """``x`` summed over all ranks, with a gradient; the same on every rank, to the bit."""
+    if count() == 1:
+        return x
+    from torch.distributed.nn.functional import all_reduce
+
+    return all_reduce(x)
+
+
 def sum_(x: Tensor) -> Tensor:
     """``x`` summed over all ranks, in place; without a gradient. The same on every rank, to the bit."""
     if count() > 1:
@@ -23,4 +32,4 @@ def mean_(x: Tensor) -> Tensor:
     return sum_(x).div_(ranks) if (ranks := count()) > 1 else x
 
 
-__all__ = ["count", "mean_", "sum_"]
+__all__ = ["count", "mean_", "sum_", "total"]

@@ -20,8 +20,8 @@ class AlignQ(Method):
     one set of statistics. The paper's ADMM term, which aligns domains, could not be recovered and is missing.
 
     Departures: the code quantizes behind the norm, so that convolutions read residual sums of more than 2^m levels; here each
-    layer's input is quantized, with running statistics of its own in use. A layer without a norm behind it keeps its scale. The code's
-    policy (``first_last="native"``) is m bits in the first layer and a float classifier.
+    layer's input is quantized, with running statistics of its own in use. A layer without a norm behind it keeps its scale. The
+    code's policy (``first_last="native"``) is m bits in the first layer and a float classifier.
     """
 
     name = "alignq"

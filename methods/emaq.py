@@ -1,4 +1,4 @@
-"""EmaQ: every domain's tensors through its own CDF onto one grid, and domains that weigh by their sensitivity (arXiv 2606.04920v1)."""
+"""EmaQ: every domain's tensors through a CDF of its own onto one grid, and domains that weigh by their sensitivity."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class DomainNorm(nn.BatchNorm2d):
             setattr(self, name, getattr(norm, name).repeat(domains, 1))
 
     def forward(self, input: Tensor) -> Tensor:
-        """float [B, C, H, W]."""
+        """Input and output: float [B, C, H, W]."""
         domain, present = self.scope.domain, self.scope.present()
         if domain is None or len(self.running_mean) == 1:
             out = self._normalise(input, -1)
@@ -113,6 +113,9 @@ class Thresholds(Quantizer):
         source: That quantizer.
     """
 
+    thresholds: Tensor  # float32 [domains + 1, n]; the last row is for an unseen domain
+    reach: Tensor  # [domains + 1, 1]
+
     def __init__(self, source: RunningCdfQuantizer) -> None:
         super().__init__(source.bits, source.site, source.scope, signed=False)
         self.qmax, self.per, self.domains = source.qmax, source.per, source.domains  # type: ignore[misc]
@@ -167,25 +170,27 @@ def switching_points(code: Callable[[Tensor], Tensor], wanted: Tensor, rows: int
 class EmaQ(Method):
     """Efficient multi-domain alignment quantization (Yeh, Chen et al., arXiv 2606.04920v1).
 
-    The paper was withdrawn by its submitter as premature; its numbers are unreviewed. Weights (Eq. 4 to 6) and inputs go through the
-    CDF of the normal distribution fitted to them, inputs and norms by domain; the weights' gradient is Eq. 13. Each training domain is
-    a client with a pass of its own, and their gradients are averaged in proportion to the clients' sensitivities (Eq. 15 and 17).
-    For SGD that equals client steps whose momentum buffers are averaged with the same weights, without a copy of the network for
-    each. One domain: single-domain EmaQ. A domain unseen in training meets the mean of the domains' statistics.
+    The paper was withdrawn by its submitter as premature; its numbers are unreviewed. Weights (Eq. 4 to 6) and inputs go through
+    the CDF of the normal distribution fitted to them, inputs and norms by domain; the weights' gradient is Eq. 13. Each training
+    domain is a client with a pass of its own, and their gradients are averaged in proportion to the clients' sensitivities (Eq. 15
+    and 17). For SGD that equals client steps whose momentum buffers are averaged with the same weights, without a copy of the
+    network for each. One domain: single-domain EmaQ. A domain unseen in training meets the mean of the domains' statistics.
 
     Departures, each a setting where it differs in kind. ``grid``: Eq. 6 has alpha 2^m + 1 levels, more than m bits hold; by default
     2^m levels as in the group's earlier code, and ``paper`` is planned and counted at the bits that it takes. ``act_at``: that code
     quantizes behind the norm and leaves residual sums in float, so convolutions read more than 2^a levels; by default the input of
     every layer is quantized, and ``post_bn`` is counted as float. ``aqgd_norm``: phi grows as 1 / sigma, so by default it is taken
-    relative to its peak; ``ste`` is what the earlier code trains with. A layer without a norm behind it keeps its scale (alpha = 2
-    sigma), for nothing would undo another. Inputs have the CDF's own derivative, with the surrogate if ``act_surrogate``; the paper
-    gives it for weights only. Neighbours of equal code, and neighbours across layers, are left out of Eq. 17.
+    relative to its peak; ``none`` is Eq. 13, and ``ste`` is what the earlier code trains with. A layer without a norm behind it
+    keeps its scale (alpha = 2 sigma), for nothing would undo another. Inputs have the CDF's own derivative, with the surrogate if
+    ``act_surrogate``; the paper gives it for weights only. Neighbours of equal code, and neighbours across layers, are left out of
+    Eq. 17.
     """
 
     name = "emaq"
     paper = "Yeh, Chen et al., Efficient multi-domain alignment quantization, arXiv 2606.04920v1 (withdrawn)"
     fidelity = "reconstruction"
     alters = frozenset({"norm", "step"})
+    beta: Tensor  # [domains, 1 or layers]
 
     class Params(Frozen):
         """Settings of EmaQ."""
@@ -237,7 +242,7 @@ class EmaQ(Method):
         return held
 
     def _steps(self, bits: int) -> int | None:
-        """n of a quantizer that may take ``bits`` bits; None: 2^bits - 1."""
+        """Steps n of a quantizer that may take ``bits`` bits; None: 2^bits - 1."""
         if self.params.grid == "true_bits":
             return None
         alpha = self.params.alpha
@@ -319,7 +324,7 @@ class EmaQ(Method):
 
     @torch.no_grad()
     def _sensitivities(self, domain: int, seen: list[Seen]) -> Tensor:
-        """beta of a client: [1], or one for each layer."""
+        """Sensitivities of a client, beta: [1], or one for each layer."""
         if self.params.aggregation == "awa":
             return torch.ones_like(self.beta[domain])
         each = torch.stack([sensitivity(s.value, ranks.mean_(s.gradient)) for s in seen if s.gradient is not None])

@@ -151,9 +151,9 @@ class RunningCdfQuantizer(CdfQuantizer):
     def _measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of each domain's part of the batch; NaN of one that is absent."""
         if self.domains == 1:
-            return normal_fit(x, together=self.training and not self.through)
+            return normal_fit(x, together=self.training)
         assert self.scope.domain is not None
-        return normal_fit(x, self.scope.domain, self.domains, together=self.training and not self.through)
+        return normal_fit(x, self.scope.domain, self.domains, together=self.training)
 
     def _of_samples(self, values: Tensor, rank: int) -> Tensor:
         """Each sample's own value, [B, 1, ..]; a scalar with one domain."""
@@ -213,7 +213,7 @@ def _value(codes: Tensor, reach: Tensor, steps: int) -> Tensor:
 def normal_fit(
     x: Tensor, group: Tensor | None = None, groups: int = 1, together: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased standard deviation, the latter at least 1e-5; differentiable unless ``together``.
+    """Mean and unbiased standard deviation, the latter at least 1e-5; differentiable.
 
     Args:
         x: float32 or float64 [B, ..].
@@ -232,10 +232,10 @@ def normal_fit(
 
     def added(values: Tensor) -> Tensor:
         whole = values.new_zeros(groups).index_add(0, index, values)
-        return ranks.sum_(whole.detach()) if together and ranks.count() > 1 else whole
+        return ranks.total(whole) if together else whole
 
     size = x.detach().abs().amax().clamp(min=SMALLEST_STD)  # the squares of large values would overflow
-    if together and ranks.count() > 1:
+    if together:
         count, size = ranks.sum_(count), ranks.sum_(size)
     mean = added(rows.mean(1) * rows.shape[1]) / count  # NaN where there is nothing
     centred = torch.addcmul(-(mean / size)[index][:, None], rows, 1 / size)

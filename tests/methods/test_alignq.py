@@ -21,7 +21,7 @@ def test_alignq_is_the_cdf_with_autograd_through_its_statistics() -> None:
 
 
 def test_alignq_native_policy_is_the_code_s() -> None:
-    """`first_last=native` would not be what the paper's tables were made with: all convolutions at m bits, the classifier in float."""
+    """`first_last=native` would not be what the code does: all convolutions at m bits, the classifier in float."""
     method, _ = ready("alignq", first_last="native", bits="w2a2")
     widths = list(method.bit_plan.values())
     assert {tuple(b) for b in widths[:-1]} == {(2, 2)}

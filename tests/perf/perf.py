@@ -70,8 +70,8 @@ def help_answers() -> list[Figure]:
     return [Figure("qatbench --help", times, "s", 0.3)]
 
 
-def _ready(method: str, network: str, size: int, batch: int, bits: str = "w4a4") -> tuple[Any, Any]:
-    """A method on a real network with random images, and one batch."""
+def _ready(method: str, network: str, size: int, batch: int, bits: str = "w4a4", domains: int = 1) -> tuple[Any, Any]:
+    """A method on a real network with random images, and one batch in which every domain has the same share."""
     import torch
     from qatbench.bench.assemble import assemble
     from qatbench.bench.data import Batch
@@ -82,12 +82,13 @@ def _ready(method: str, network: str, size: int, batch: int, bits: str = "w4a4")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
-    images = Batch(x, torch.randint(10, (batch,)), torch.zeros(batch, dtype=torch.long))
+    images = Batch(x, torch.randint(10, (batch,)), torch.arange(batch) % domains)
     net = find("networks", network)(3, 10).to(memory_format=torch.channels_last)
     spec = RunSpec(
         method=method, bits="w32a32" if method == "fp32" else bits, network=network, batch=batch, protocol="single"
     )
-    task = Task("classification", tuple("0123456789"), (batch // 10,) * 10, ("all",))
+    tail = tuple(max(1, round(5000 * 50 ** (-c / 9))) for c in range(10))
+    task = Task("classification", tuple("0123456789"), tail, tuple("abc"[:domains]))
     return assemble(spec, net, task, images), images
 
 
@@ -158,6 +159,65 @@ def method_steps() -> list[Figure]:
         figures.append(Figure(f"{name} step / float step (CPU seconds)", in_turn(step, base, rounds=9), "", target))
         if name == "adq":
             figures.append(_upkeep(made[0], step))
+    return figures
+
+
+def _whole_step(made: Any, images: Any) -> Callable[[], Any]:
+    """A training step as the method does it, with all its passes."""
+    from types import SimpleNamespace
+
+    from qatbench.bench.testing import Loop
+
+    loop = Loop(made, SimpleNamespace(steps=1000))  # type: ignore[arg-type]
+    made.scope.steps, loop.run.batch = 1000, images
+    made.train()
+
+    def step() -> None:
+        made.step(loop.run)
+        made.scope.step += 1
+
+    return step
+
+
+def training_steps() -> list[Figure]:
+    """Whole steps of the training algorithms against LSQ's on the same batch (resnet20, batch 126, W4A4, CPU seconds)."""
+    figures = []
+    for name, domains, target in (
+        ("sam", 1, 2.1), ("sagm", 1, 2.1), ("gaqat", 1, 2.3), ("fqat", 1, 2.3), ("emaq", 3, 1.5), ("emaq-lt", 1, 1.6),
+    ):  # fmt: skip
+        ours = _whole_step(*_ready(name, "resnet20", 32, 126, domains=domains))
+        base = _whole_step(*_ready("lsq", "resnet20", 32, 126, domains=domains))
+        ratios = in_turn(lambda: seconds(ours, time.process_time), lambda: seconds(base, time.process_time), rounds=9)  # noqa: B023
+        where = f", {domains} domains" if domains > 1 else ""
+        figures.append(Figure(f"{name} step{where} / LSQ step (CPU seconds)", ratios, "", target))
+    return figures
+
+
+_STEPS = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("perf", sys.argv[1])
+perf = importlib.util.module_from_spec(spec)
+sys.modules["perf"] = perf
+spec.loader.exec_module(perf)
+step = perf._whole_step(*perf._ready(sys.argv[2], "resnet18", 32, 6, domains=int(sys.argv[3])))
+for _ in range(3):
+    step()
+"""
+
+
+def training_memory() -> list[Figure]:
+    """Peak memory of training beyond LSQ's, in copies of the weights (resnet18, 6 images: next to nothing but weights)."""
+    from qatbench.bench.registry import find
+
+    copy_gb = sum(p.numel() for p in find("networks", "resnet18")(3, 10).parameters()) * 4 / 1e9
+
+    def peak(name: str, domains: int) -> float:
+        return _peak_gb([sys.executable, "-c", _STEPS, __file__, name, str(domains)])
+
+    figures = []
+    for name, domains, target in (("sam", 1, 1), ("sagm", 1, 1), ("fqat", 1, 1), ("emaq", 2, 2), ("emaq", 3, 2)):
+        extra = [(peak(name, domains) - peak("lsq", domains)) / copy_gb for _ in range(3)]
+        figures.append(Figure(f"memory of {name}, {domains} domain(s), beyond LSQ's", extra, "copies", target))
     return figures
 
 
@@ -569,7 +629,7 @@ def export_latency() -> list[Figure]:
 
 
 ALL = (
-    help_answers, lsq_step, method_steps, brevitas_step, planning, export_latency, harness_step, augmentation, pipeline,
+    help_answers, lsq_step, method_steps, training_steps, training_memory, brevitas_step, planning, export_latency, harness_step, augmentation, pipeline,
     preparing, sharing, workers, memory, quickstart,
 )  # fmt: skip
 
