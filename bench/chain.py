@@ -53,6 +53,11 @@ def _refuse_clashes(text: str, classes: list[type[Method]]) -> None:
             raise UserError(
                 f"method {text!r}: {one.name} and {other.name} both alter the {', '.join(sorted(both))}; use one of them"
             )
+        if "loss" in one.alters and issubclass(other, Wrapper) and other.losses is not Wrapper.losses:
+            raise UserError(
+                f"method {text!r}: {one.name} replaces the task's loss, and with it what {other.name} does to that; "
+                f"name {other.name} before {one.name}"
+            )
         own_steps = [cls for cls in (one, other) if cls.step not in (Method.step, Wrapper.step)]
         if len(own_steps) == 2:
             raise UserError(

@@ -131,5 +131,6 @@ class ADQ(Method):
         if params.update == "static" or done % params.period or done > (1 - params.freeze) * self.scope.steps:
             return
         for _, layer in quant_layers(run.net):
-            if isinstance(layer.weight_quantizer, Codebook):
+            # A weight without a gradient has not moved: somebody has frozen the layer, and its codebook is a part of it.
+            if isinstance(layer.weight_quantizer, Codebook) and layer.weight.grad is not None:
                 layer.weight_quantizer.follow(layer.weight, params.period)

@@ -98,14 +98,16 @@ class FPQ(Wrapper):
         return quantizer
 
     def taps(self, sites: Sequence[Site]) -> Sequence[str]:
-        """All layers; which of them are convolutions, their outputs show."""
-        self.layers = [site.name for site in sites if site.kind == "layer"] if self.params.csd else []
+        """All layers but those of the head, which has no feature maps and may be another one than the float network's."""
+        heads = tuple(f"{site.name}." for site in sites if site.kind == "head")
+        layers = [site.name for site in sites if site.kind == "layer" and not f"{site.name}.".startswith(heads)]
+        self.layers = layers if self.params.csd else []
         return self.layers
 
     def losses(self, out: Out, batch: Batch) -> dict[str, Tensor]:
         """The inner method's and ``csd``."""
         losses = self.inner.losses(out, batch)
-        if not self.layers:
+        if not self.params.csd:
             return losses
         teacher = out.teacher["float"].taps
         pairs = [(out.taps[name].value, teacher[name].value) for name in self.layers]

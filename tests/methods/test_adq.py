@@ -439,6 +439,19 @@ def test_codebooks_follow_every_period_until_they_are_frozen(monkeypatch: pytest
     assert calls == [(step, 3) for step in (3, 6, 9) for _ in inner(method)]
 
 
+def test_codebook_of_a_frozen_layer_stays() -> None:
+    """A layer that another method keeps still (``crt``) would move: its weights would go to other entries."""
+    method, data = ready("adq", params={"adq": {"period": 1, "decay": 0.5}})
+    loop = Loop(method, data)
+    loop.epoch(list(data.train_dataloader())[:1])
+    frozen, *others = [method.net.get_submodule(site.name) for site in inner(method)]
+    frozen.weight.grad = None
+    before = [layer.weight_quantizer.codebook.clone() for layer in (frozen, *others)]
+    method.after_update(loop.run)
+    assert torch.equal(frozen.weight_quantizer.codebook, before[0])
+    assert not any(torch.equal(la.weight_quantizer.codebook, b) for la, b in zip(others, before[1:], strict=True))
+
+
 def test_a_pass_moves_no_codebook() -> None:
     """A method with several passes a step, or a second look at a batch, would move the codebooks several times."""
     method, data = ready("adq", params={"adq": {"period": 1}})

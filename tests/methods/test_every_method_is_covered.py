@@ -41,7 +41,7 @@ def uncovered(methods: Mapping[str, type[Method]], folder: Path) -> list[str]:
     missing = []
     for name, cls in methods.items():
         chain = f"{name}+lsq" if issubclass(cls, Wrapper) else name
-        path = folder / f"test_{name}.py"
+        path = folder / f"test_{name.replace('-', '_')}.py"
         if not path.exists():
             missing.append(f"{path.name} is missing")
             continue
