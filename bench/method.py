@@ -120,7 +120,7 @@ class Run:
         self.batch: Batch = method.probe
         self.opt: Any = None
 
-    def backward(self, batch: Batch | None = None, track: bool = True) -> dict[str, Tensor]:
+    def backward(self, batch: Batch | None = None, track: bool = True, add: bool = False) -> dict[str, Tensor]:
         """Fresh gradients of the *outermost* method's losses on ``batch`` (default: the batch in flight).
 
         Gradient accumulation over micro-batches happens in here.
@@ -128,11 +128,13 @@ class Run:
         Args:
             batch: Any batch or part of one.
             track: Whether running statistics may move; False for a second pass over the same images.
+            add: Whether the gradients are added to those that are there, which then need not be kept elsewhere.
 
         Returns:
             The losses, detached, each a mean over the batch.
         """
-        self.opt.zero_grad(set_to_none=True)
+        if not add:
+            self.opt.zero_grad(set_to_none=True)
         whole = batch or self.batch
         totals: dict[str, Tensor] = {}
         for part in whole.chunk(self.method.spec.accumulate):
@@ -190,6 +192,8 @@ class Method(L.LightningModule):
     """Widths it can quantize to; ``(32,)`` for a float method."""
     first_last: Literal["8bit", "fp", "same"] = "8bit"
     """Its own policy for the first and the last layer, where the run asks for ``native``."""
+    weights_only: bool = False
+    """Whether inputs stay in float, whatever a run asks; its bits are then wXa32."""
     views: int = 1
     """How many augmented views of each image a batch carries (`Batch.x`, `Batch.views`)."""
     teacher: TeacherKind | None = None
@@ -203,11 +207,11 @@ class Method(L.LightningModule):
     spec: RunSpec
     task: Task
     scope: Scope
+    sites: list[Site]
     # ... and on the outermost one.
     net: nn.Module
     ema: nn.Module
     probe: Batch
-    sites: list[Site]
     bit_plan: dict[str, Bits]
     run_in_progress: Run
     test_domains: list[str]
@@ -383,9 +387,9 @@ class Method(L.LightningModule):
     def attach(self, net: nn.Module, parts: Parts) -> None:
         """Give the outermost method its network and every member what it may know."""
         for member in self.members:
-            member.spec, member.task, member.scope = parts.spec, parts.task, parts.scope
+            member.spec, member.task, member.scope, member.sites = parts.spec, parts.task, parts.scope, parts.sites
         self.net = net
-        self.probe, self.sites, self.bit_plan = parts.probe, parts.sites, parts.plan
+        self.probe, self.bit_plan = parts.probe, parts.plan
         self.tap_names = tuple(dict.fromkeys(name for m in self.members for name in m.taps(parts.sites)))
         self._teachers = kinds = {m.teacher for m in self.members} - {None}
         # The float teacher stays outside the module tree: it is neither trained nor saved.
@@ -592,8 +596,8 @@ class Method(L.LightningModule):
 class Wrapper(Method):
     """Adds to any other method; what it does not override is the inner method's.
 
-    ``replace``, ``taps``, ``prepare`` and the hooks (``start`` to ``validated``) are called on every member of a chain, so a wrapper overrides
-    them without calling the inner method's; everything else it overrides may call ``self.inner``.
+    ``replace``, ``taps``, ``prepare`` and the hooks (``start`` to ``validated``) are called on every member of a chain, so a
+    wrapper overrides them without calling the inner method's; everything else it overrides may call ``self.inner``.
 
     Args:
         inner: The method that is wrapped; it may be a wrapper itself.
@@ -609,6 +613,7 @@ class Wrapper(Method):
         self.inner = inner
         self.trains, self.bits, self.views = inner.trains, inner.bits, max(self.views, inner.views)
         self.first_last = inner.first_last
+        self.weights_only = self.weights_only or inner.weights_only
 
     @property
     def members(self) -> list[Method]:

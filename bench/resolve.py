@@ -13,7 +13,7 @@ from .errors import UserError, nearest
 from .method import Method
 from .registry import find, plugin
 from .site import LAYERS
-from .spec import FLOAT_BITS, Bits, Budget, RunSpec, canonical_json, content_hash, parse_bits
+from .spec import FLOAT_BITS, Bits, Budget, RunSpec, bits_text, canonical_json, content_hash, parse_bits
 from .task import Task
 
 HARNESS = 1
@@ -130,19 +130,21 @@ def _check_imbalance(loaded: Loaded, task: Task) -> None:
 
 
 def _bits(method: Method, name: str, spec: RunSpec) -> str:
-    """The bits in normal form: a float method has w32a32 whatever was asked for."""
+    """The bits in normal form: a float method has w32a32, and one that quantizes weights alone wXa32, whatever was asked for."""
     if tuple(method.bits) == (FLOAT_BITS,):
         return f"w{FLOAT_BITS}a{FLOAT_BITS}"
     if spec.plan is not None:
         return spec.bits
     asked = parse_bits(spec.bits)
+    if method.weights_only:
+        asked = asked._replace(a=FLOAT_BITS)
     if isinstance(asked, Budget):
         _check_budget(method, name, spec.bits, asked)
     else:
         _check_widths(method, name, spec.bits, asked)
         if asked == (FLOAT_BITS, FLOAT_BITS):
             raise UserError(f"{name} at {spec.bits} quantizes nothing; use method fp32, or fewer bits")
-    return spec.bits
+    return bits_text(asked)
 
 
 def _check_widths(method: Method, name: str, text: str, widths: Bits) -> None:
@@ -175,6 +177,8 @@ def _check_plan(method: Method, name: str, spec: RunSpec, loaded: Loaded, task: 
         if layer not in layers:
             raise UserError(f"plan: {spec.network} has no layer {layer!r}{nearest(layer, layers)}")
         _check_widths(method, name, f"w{bits.w}a{bits.a} ({layer})", bits)
+        if method.weights_only and bits.a < FLOAT_BITS:
+            raise UserError(f"plan: {name} leaves inputs in float; give {layer} w{bits.w}a{FLOAT_BITS}")
     missing = [layer for layer in layers if layer not in spec.plan]
     if missing:
         raise UserError(f"plan: layer {missing[0]!r} of {spec.network} is missing ({len(missing)} of {len(layers)}); "

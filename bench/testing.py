@@ -34,7 +34,7 @@ from .dataset_contract import DatasetContract
 from .fit import LAST, Recorder, fit, make_trainer, read_checkpoint
 from .method import Method, Run
 from .models.resnet import CifarResNet
-from .quant import Bits, Quantizer, quant_layers
+from .quant import Bits, Quantizer, quant_layers, swap
 from .registry import load_file
 from .resolve import Resolved
 from .spec import FLOAT_BITS, RunSpec
@@ -68,8 +68,15 @@ def contract_data(domains: int = 3) -> Loaded:
     return Loaded("contract", made, f"contract-{domains}", tuple("abcd"), "shift")
 
 
-def ready(method: str, domains: int = 3, **settings: Any) -> tuple[Method, DataModule]:
-    """A method on the contract's network and data, ready to train; the same arguments give the same weights."""
+def ready(method: str, domains: int = 3, *, norm: str = "batch", **settings: Any) -> tuple[Method, DataModule]:
+    """A method on the contract's network and data, ready to train; the same arguments give the same weights.
+
+    Args:
+        method: A method or a chain.
+        domains: Of the data.
+        norm: ``batch``, or ``group``: a network without BatchNorm.
+        settings: Of the run.
+    """
     classes = members(method)
     params = {cls.name: dict(cls.test_params) for cls in classes if cls.test_params}
     protocol = {"protocol": "mdl" if domains > 1 else "single"}
@@ -77,14 +84,18 @@ def ready(method: str, domains: int = 3, **settings: Any) -> tuple[Method, DataM
     spec = RunSpec(**{**SPEC, "method": method, "params": params, **protocol, **settings, **bits})
     views = max(m.views for m in build(method, params).members)
     data = DataModule(contract_data(domains), spec.protocol, spec.seed, spec.batch, "shift", views=views)
-    net = float_net(spec.seed)
+    net = float_net(spec.seed, norm)
     return assemble(spec, net, data.task, data.probe(spec.calibration)), data
 
 
-def float_net(seed: int = 0) -> nn.Module:
+def float_net(seed: int = 0, norm: str = "batch") -> nn.Module:
     """The contract's network with initial weights, in channels_last."""
     torch.manual_seed(seed)
-    return TinyNet(IMAGE[0], CLASSES).to(memory_format=torch.channels_last)
+    net = TinyNet(IMAGE[0], CLASSES)
+    for name, module in list(net.named_modules()):
+        if norm == "group" and isinstance(module, nn.BatchNorm2d):
+            swap(net, name, nn.GroupNorm(2, module.num_features))
+    return net.to(memory_format=torch.channels_last)
 
 
 def recorder(folder: Path, method: Method) -> Recorder:
@@ -274,9 +285,10 @@ class MethodContract:
         for width in self._widths():
             method, _ = ready(self.method, bits=f"w{width}a{width}")
             inner = [s for s in method.sites if s.kind == "layer" and not s.edge]
+            asked = (width, FLOAT_BITS if method.weights_only else width)
             for kind, size in ((0, "weights"), (1, "inputs")):
                 spent = sum(getattr(s, size) * method.bit_plan[s.name][kind] for s in inner)
-                assert spent <= width * sum(getattr(s, size) for s in inner)
+                assert spent <= asked[kind] * sum(getattr(s, size) for s in inner)
 
     def test_no_site_is_skipped(self) -> None:
         """A layer would stay in float while the table says that it has few bits."""
@@ -354,8 +366,10 @@ def check_codes(name: str, quantizer: Quantizer, x: Tensor) -> None:
     assert torch.equal(decode(codes), values), name
 
 
-def two_ranks(method: str, plugin: str | None, folder: Path) -> list[dict[str, dict[str, Tensor]]]:
-    """Train one epoch on two CPU processes (gloo); each rank's parameters before and after."""
+def two_ranks(
+    method: str, plugin: str | None, folder: Path, norm: str = "batch", steps: int | None = None
+) -> list[dict[str, dict[str, Tensor]]]:
+    """Train one epoch, or its first steps, on two CPU processes (gloo); each rank's parameters before and after."""
     with tempfile.TemporaryDirectory() as meeting:
         place = {
             "MASTER_ADDR": "127.0.0.1",
@@ -365,7 +379,7 @@ def two_ranks(method: str, plugin: str | None, folder: Path) -> list[dict[str, d
         }
         processes = []
         for rank in (0, 1):
-            command = [sys.executable, "-m", __name__, method, plugin or "", str(folder)]
+            command = [sys.executable, "-m", __name__, method, plugin or "", str(folder), norm, str(steps or "")]
             env = {**os.environ, **place, "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
             log = open(Path(meeting) / f"{rank}.txt", "w")  # noqa: SIM115
             processes.append((subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=meeting), log))
@@ -393,7 +407,23 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _one_rank(method_name: str, plugin: str, folder: str) -> None:
+def check_ranks(method: str, folder: Path, steps: int = 4) -> None:
+    """Two processes with half a batch each end where one process with the whole batch does, to float tolerance.
+
+    The network has no BatchNorm, whose statistics are each process's own.
+    """
+    both = two_ranks(method, None, folder, "group", steps)[0]
+    alone, data = ready(method, norm="group")
+    before = {name: p.detach().clone() for name, p in alone.named_parameters()}
+    assert same(before, both["before"]) == []
+    make_trainer(torch.device("cpu"), limit_train_batches=steps).fit(alone, data)
+    for name, p in alone.named_parameters():
+        moved, theirs = p.detach() - before[name], both["after"][name] - before[name]
+        scale = float(moved.abs().max())
+        torch.testing.assert_close(theirs, moved, rtol=1e-3, atol=1e-3 * scale + 1e-7, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+def _one_rank(method_name: str, plugin: str, folder: str, norm: str, steps: str) -> None:
     """What each process of `two_ranks` does."""
     from lightning.pytorch.strategies import DDPStrategy
 
@@ -401,7 +431,7 @@ def _one_rank(method_name: str, plugin: str, folder: str) -> None:
     if plugin:
         load_file(plugin)
     rank = int(os.environ["LOCAL_RANK"])
-    method, _ = ready(method_name)
+    method, _ = ready(method_name, norm=norm)
     spec = method.spec
     data = DataModule(
         contract_data(), spec.protocol, spec.seed, spec.batch, "shift", views=method.views, rank=rank, world=2
@@ -415,6 +445,7 @@ def _one_rank(method_name: str, plugin: str, folder: str) -> None:
     trainer = L.Trainer(
         accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False,
+        limit_train_batches=int(steps) if steps else None,
     )  # fmt: skip
     trainer.fit(method, data)
     torch.save({"before": before, "after": parameters()}, Path(folder) / f"rank{rank}.pt")
@@ -486,6 +517,7 @@ __all__ = [
     "Task",
     "check_codes",
     "check_pair",
+    "check_ranks",
     "contract_data",
     "float_net",
     "ready",

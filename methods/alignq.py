@@ -37,9 +37,7 @@ class AlignQ(Method):
     def plan(self, sites: Sequence[Site], bits: Bits | Budget, probe: Probe) -> dict[str, Bits]:
         """As for every method; by its own policy the last layer is float."""
         plan = super().plan(sites, bits, probe)
-        if self.spec.first_last == "native":
-            plan[[site.name for site in sites if site.edge][-1]] = Bits(FLOAT_BITS, FLOAT_BITS)
-        return plan
+        return float_classifier(plan, sites) if self.spec.first_last == "native" else plan
 
     def weight_quantizer(self, bits: int, site: Site, scope: Scope) -> Quantizer:
         """Through the weight's own CDF."""
@@ -49,3 +47,9 @@ class AlignQ(Method):
     def act_quantizer(self, bits: int, site: Site, scope: Scope) -> Quantizer:
         """Through the CDF of the batch while training, of its averages in use."""
         return RunningCdfQuantizer(bits, site, scope, through=True)
+
+
+def float_classifier(plan: dict[str, Bits], sites: Sequence[Site]) -> dict[str, Bits]:
+    """The plan with the last layer in float: the policy of the code of AlignQ and ClimbQ."""
+    last = [site.name for site in sites if site.edge][-1]
+    return plan | {last: Bits(FLOAT_BITS, FLOAT_BITS)}

@@ -82,6 +82,8 @@ class DomainNorm(nn.BatchNorm2d):
 class Unaligned:
     """A mixin that leaves the CDF out: x is clipped to the range of the levels as it is. The ablation of the paper's Table X."""
 
+    fused = False
+
     def place(self, x: Tensor, mean: Tensor, spread: Tensor, reach: Tensor) -> Tensor:
         """Where x lies on the grid."""
         n = self.qmax  # type: ignore[attr-defined]
@@ -102,6 +104,10 @@ class FixedCdfQuantizer(CdfQuantizer):
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """0 and 1."""
         return torch.zeros_like(self.alpha), torch.ones_like(self.alpha)
+
+    def measured(self) -> bool:
+        """Never."""
+        return False
 
 
 class Thresholds(Quantizer):
@@ -251,12 +257,12 @@ class EmaQ(Method):
 
     def replace(self, site: Site, module: nn.Module, scope: Scope) -> nn.Module:
         """A BatchNorm with statistics for each domain, followed by a quantizer where activations are quantized there."""
-        domains, after = len(self.task.domains), None
+        domains, after = self.domains, None
         local = self.params.norm == "local" and domains > 1
         bits = parse_bits(self.spec.bits).a
         if self.params.act_at == "post_bn" and bits < FLOAT_BITS:
             through = self.params.aqgd_norm == "ste"
-            after = FixedCdfQuantizer(bits, site, scope, through=through, steps=self._steps(bits))
+            after = self.norm_quantizer(bits, site, scope, through=through, steps=self._steps(bits))
         if not isinstance(module, nn.BatchNorm2d) or not (local or after):
             return module
         return DomainNorm(module, domains if local else 1, scope, after)
@@ -276,16 +282,29 @@ class EmaQ(Method):
         kind = self.input_quantizer if self.params.align else UnalignedInput
         through = self.params.aqgd_norm == "ste" or not self.params.align
         return kind(
-            bits, site, scope, through=through, domains=len(self.task.domains),
+            bits, site, scope, through=through, domains=self.domains,
             surrogate=self.params.act_surrogate and not through, steps=self._steps(bits),
         )  # fmt: skip
 
-    input_quantizer: ClassVar[type[RunningCdfQuantizer]] = RunningCdfQuantizer
+    @property
+    def domains(self) -> int:
+        """How many domains are told apart, each a client."""
+        return len(self.task.domains)
+
+    @property
+    def input_quantizer(self) -> Callable[..., Quantizer]:
+        """What makes the quantizer of a layer's input."""
+        return RunningCdfQuantizer
+
+    @property
+    def norm_quantizer(self) -> Callable[..., Quantizer]:
+        """What makes the quantizer behind a norm."""
+        return FixedCdfQuantizer
 
     def prepare(self, net: nn.Module) -> None:
         """The clients' sensitivities; 0 before the first step."""
         layers = len(list(quant_layers(net))) if self.params.scope == "layer" else 1
-        self.register_buffer("beta", torch.zeros(len(self.task.domains), layers))
+        self.register_buffer("beta", torch.zeros(self.domains, layers))
 
     # --- train
 
@@ -297,7 +316,7 @@ class EmaQ(Method):
 
     def step(self, run: Run) -> None:
         """A pass for each domain, and one update by the average of their gradients."""
-        if len(self.task.domains) == 1:
+        if self.domains == 1:
             run.backward()
             run.update()
             return

@@ -35,6 +35,8 @@ class CdfQuantizer(Quantizer):
         steps: n, if it is not ``2^m - 1``; at most that.
     """
 
+    fused: bool = True
+    """Whether `place` is the CDF of the plain statistics, so that the gradient is known; else autograd finds it."""
     alpha: Tensor
 
     def __init__(
@@ -66,6 +68,14 @@ class CdfQuantizer(Quantizer):
         """Mean and standard deviation, broadcastable to x (float32 or float64); here scalars."""
         return normal_fit(x)
 
+    def measured(self) -> bool:
+        """Whether the statistics are those of the tensor at hand, and not constants."""
+        return True
+
+    def groups(self) -> tuple[Tensor | None, int]:
+        """Which samples are measured together, int64 [B] (None: all), and how many groups there are."""
+        return None, 1
+
     def spread(self, std: Tensor) -> Tensor:
         """The deviation that the CDF is given, broadcastable to x."""
         return std
@@ -76,13 +86,14 @@ class CdfQuantizer(Quantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         """On the levels."""
-        y = _precise(x)
-        mean, std = self.statistics(y if self.through else y.detach())
-        spread, reach = self.spread(std), self.alpha * std if self.relative else self.alpha
-        if self.through:
-            return _value(round_ste(self.place(y, mean, spread, reach)), reach, self.qmax).to(x.dtype)
-        how = self.qmax, self.surrogate, self.unit
-        return _Projection.apply(y, mean, spread, reach, *how).to(x.dtype)  # type: ignore[union-attr]
+        y, through = _precise(x), self.through and self.measured()
+        if self.through and not self.fused:
+            mean, std = self.statistics(y)
+            reach = self.alpha * std if self.relative else self.alpha
+            return _value(round_ste(self.place(y, mean, self.spread(std), reach)), reach, self.qmax).to(x.dtype)
+        mean, std = self.statistics(y.detach())
+        reach = self.alpha * std if self.relative else self.alpha
+        return _Projection.apply(y, mean, std, self.spread(std), reach, self, through).to(x.dtype)  # type: ignore[union-attr]
 
     def encode(self, x: Tensor) -> tuple[Tensor, Decode]:
         """Codes 0 to n."""
@@ -138,6 +149,14 @@ class RunningCdfQuantizer(CdfQuantizer):
         """Statistics of the probe."""
         self._move(*self._measure(_precise(x)), share=1.0)
 
+    def measured(self) -> bool:
+        """While training."""
+        return self.training
+
+    def groups(self) -> tuple[Tensor | None, int]:
+        """The domains."""
+        return (None if self.domains == 1 else self.scope.domain), self.domains
+
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The batch's while training, else the averages."""
         self._rank = x.ndim
@@ -150,10 +169,7 @@ class RunningCdfQuantizer(CdfQuantizer):
 
     def _measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of each domain's part of the batch; NaN of one that is absent."""
-        if self.domains == 1:
-            return normal_fit(x, together=self.training)
-        assert self.scope.domain is not None
-        return normal_fit(x, self.scope.domain, self.domains, together=self.training)
+        return normal_fit(x, *self.groups(), together=self.training)
 
     def _of_samples(self, values: Tensor, rank: int) -> Tensor:
         """Each sample's own value, [B, 1, ..]; a scalar with one domain."""
@@ -172,24 +188,63 @@ class RunningCdfQuantizer(CdfQuantizer):
 
 
 class _Projection(torch.autograd.Function):
-    """See `CdfQuantizer`; statistics are constants. It keeps its input only, which the layer before keeps anyway."""
+    """See `CdfQuantizer`. It keeps its input, which the layer before keeps anyway, and through the statistics its output, too."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, mean: Tensor, spread: Tensor, reach: Tensor, steps: int, surrogate: bool, unit: bool
+        ctx: Any, x: Tensor, mean: Tensor, std: Tensor, spread: Tensor, reach: Tensor, how: CdfQuantizer, through: bool
     ) -> Tensor:
-        ctx.save_for_backward(x, mean, spread, reach)
-        ctx.how = steps, surrogate, unit
-        return _value(_place(x, mean, spread, steps).round_(), reach, steps)
+        out = _value(_place(x, mean, spread, how.qmax).round_(), reach, how.qmax)
+        ctx.save_for_backward(x, mean, std, spread, reach, out if through and how.relative else None)
+        ctx.how, ctx.groups = how, how.groups() if through else None
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, mean, spread, reach = ctx.saved_tensors
-        steps, surrogate, unit = ctx.how
+        x, mean, std, spread, reach, out = ctx.saved_tensors
+        how: CdfQuantizer = ctx.how
         bell = (x - mean).mul_(1 / (spread * math.sqrt(2))).square_().neg_().exp_()  # phi sigma sqrt(2 pi)
-        factor = 2 * reach if unit else 2 * reach / (spread * math.sqrt(2 * math.pi))
-        out = bell.mul_(grad).mul_(factor)
-        return out.mul_(surrogate_slope(_place(x, mean, spread, steps))) if surrogate else out, *(None,) * 6
+        factor = 2 * reach if how.unit else 2 * reach / (spread * math.sqrt(2 * math.pi))
+        found = bell.mul_(grad).mul_(factor)
+        if how.surrogate:
+            found.mul_(surrogate_slope(_place(x, mean, spread, how.qmax)))
+        if ctx.groups is not None:
+            found = _through_statistics(found, grad, x, mean, std, out, *ctx.groups)
+        return found, *(None,) * 6
+
+
+def _through_statistics(
+    direct: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    out: Tensor | None,
+    group: Tensor | None,
+    groups: int,
+) -> Tensor:
+    """The gradient of x with what comes through its mean and its unbiased deviation.
+
+    With d the direct gradient, a group's mean has ``-sum d``, each sample's share of which is one n-th; its deviation has
+    ``-sum d (x - mu) / sigma``, and with a range that follows it ``sum g x_q / sigma`` besides.
+    """
+    centred = x - mean
+    deviation = -_dots(direct, centred)
+    if out is not None:
+        deviation += _dots(grad, out)
+    index = torch.zeros(len(deviation), dtype=torch.int64, device=x.device) if group is None else group
+    sums = x.new_zeros(groups, 3).index_add(
+        0,
+        index,
+        torch.stack([-_rows(direct).sum(1), deviation, torch.full_like(deviation, x.numel() / len(deviation))], 1),
+    )
+    of_mean, of_std, count = ranks.sum_(sums).unbind(1)
+
+    def of_samples(values: Tensor) -> Tensor:
+        return values[0] if group is None else values[group].view(-1, *(1,) * (x.ndim - 1))
+
+    slope = of_samples(of_std / (count - 1).clamp(min=1)) / std.square()
+    return direct.add_(of_samples(of_mean / count)).addcmul_(centred, slope)
 
 
 def surrogate_slope(place: Tensor) -> Tensor:
@@ -224,7 +279,7 @@ def normal_fit(
     Returns:
         Two scalars, or two tensors [groups], NaN where a group is absent.
     """
-    rows = _rows(x) if x.ndim > 1 or group is not None else x[None]
+    rows = _rows(x)
     if group is None:
         index, count = torch.zeros(len(rows), dtype=torch.int64, device=x.device), x.new_full((1,), float(x.numel()))
     else:
@@ -246,10 +301,20 @@ def normal_fit(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[B, N], in the order of memory."""
+    """[B, N], in the order of memory; of a vector, [1, N]."""
+    if x.ndim == 1:
+        return x[None]
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)
     return x.reshape(len(x), -1)
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of each sample of a with that of b, [B]."""
+    if b.ndim == 4:
+        last = b.is_contiguous(memory_format=torch.channels_last)
+        a = a.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return torch.linalg.vecdot(_rows(a), _rows(b))
 
 
 def _precise(x: Tensor) -> Tensor:

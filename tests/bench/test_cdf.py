@@ -125,6 +125,25 @@ def test_through_the_statistics_if_asked(kind: type[CdfQuantizer]) -> None:
         assert torch.allclose(x.grad, leaf.grad, rtol=1e-6, atol=1e-9) is through
 
 
+@pytest.mark.parametrize("shape", [(6, 3, 5, 5), (6, 7)])
+@pytest.mark.parametrize("domains", [1, 3])
+def test_the_fused_gradient_is_that_of_autograd(shape: tuple[int, ...], domains: int) -> None:
+    """The fast path would train AlignQ, and EmaQ with its gradient, by another rule than the plain formulas."""
+    scope = Scope()
+    scope.domain = torch.arange(6) % domains
+    grad, gradients = normal(torch.Size(shape).numel(), 3).view(shape).double(), []
+    for fused in (True, False):
+        quantizer = RunningCdfQuantizer(3, SITE, scope, through=True, domains=domains).double().train()
+        quantizer.fused = fused
+        x = (normal(torch.Size(shape).numel(), 2, 0.3, 1.5).view(shape)).double()
+        if x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        x.requires_grad_()
+        quantizer(x).backward(grad)
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [0.0, 3.0, -(2.0**100), 2.0**-100])
 @pytest.mark.parametrize("count", [1, 7])

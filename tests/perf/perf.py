@@ -629,8 +629,8 @@ def export_latency() -> list[Figure]:
 
 
 ALL = (
-    help_answers, lsq_step, method_steps, training_steps, training_memory, brevitas_step, planning, export_latency, harness_step, augmentation, pipeline,
-    preparing, sharing, workers, memory, quickstart,
+    help_answers, lsq_step, method_steps, training_steps, training_memory, brevitas_step, planning, export_latency, harness_step,
+    augmentation, pipeline, preparing, sharing, workers, memory, quickstart,
 )  # fmt: skip
 
 
