@@ -228,15 +228,17 @@ def _through_statistics(
     With d the direct gradient, a group's mean has ``-sum d``, each sample's share of which is one n-th; its deviation has
     ``-sum d (x - mu) / sigma``, and with a range that follows it ``sum g x_q / sigma`` besides.
     """
-    centred = x - mean
-    deviation = -_dots(direct, centred)
+    centred, apart = x - mean, group is not None
+    deviation = -_dots(direct, centred, apart)
     if out is not None:
-        deviation += _dots(grad, out)
+        deviation += _dots(grad, out, apart)
     index = torch.zeros(len(deviation), dtype=torch.int64, device=x.device) if group is None else group
     sums = x.new_zeros(groups, 3).index_add(
         0,
         index,
-        torch.stack([-_rows(direct).sum(1), deviation, torch.full_like(deviation, x.numel() / len(deviation))], 1),
+        torch.stack(
+            [-_rows(direct, apart).sum(1), deviation, torch.full_like(deviation, x.numel() / len(deviation))], 1
+        ),
     )
     of_mean, of_std, count = ranks.sum_(sums).unbind(1)
 
@@ -279,7 +281,7 @@ def normal_fit(
     Returns:
         Two scalars, or two tensors [groups], NaN where a group is absent.
     """
-    rows = _rows(x)
+    rows = _rows(x, group is not None)
     if group is None:
         index, count = torch.zeros(len(rows), dtype=torch.int64, device=x.device), x.new_full((1,), float(x.numel()))
     else:
@@ -300,21 +302,21 @@ def normal_fit(
     return (mean[0], std[0]) if group is None else (mean, std)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[B, N], in the order of memory; of a vector, [1, N]."""
+def _rows(x: Tensor, apart: bool) -> Tensor:
+    """[B, N], in the order of memory; of a vector [1, N], or [N, 1] if its elements are samples ``apart``."""
     if x.ndim == 1:
-        return x[None]
+        return x[:, None] if apart else x[None]
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
         x = x.permute(0, 2, 3, 1)
     return x.reshape(len(x), -1)
 
 
-def _dots(a: Tensor, b: Tensor) -> Tensor:
+def _dots(a: Tensor, b: Tensor, apart: bool) -> Tensor:
     """Inner product of each sample of a with that of b, [B]."""
     if b.ndim == 4:
         last = b.is_contiguous(memory_format=torch.channels_last)
         a = a.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-    return torch.linalg.vecdot(_rows(a), _rows(b))
+    return torch.linalg.vecdot(_rows(a, apart), _rows(b, apart))
 
 
 def _precise(x: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ def test_through_the_statistics_if_asked(kind: type[CdfQuantizer]) -> None:
         assert torch.allclose(x.grad, leaf.grad, rtol=1e-6, atol=1e-9) is through
 
 
-@pytest.mark.parametrize("shape", [(6, 3, 5, 5), (6, 7)])
+@pytest.mark.parametrize("shape", [(6, 3, 5, 5), (6, 7), (6,)])
 @pytest.mark.parametrize("domains", [1, 3])
 def test_the_fused_gradient_is_that_of_autograd(shape: tuple[int, ...], domains: int) -> None:
     """The fast path would train AlignQ, and EmaQ with its gradient, by another rule than the plain formulas."""
