@@ -321,6 +321,51 @@ def export_(
         raise UserError(f"no integer form: {found['reason']}")
 
 
+@app.command("probe", short_help="How flat finished runs are.")
+def probe_(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Runs' ids, or the beginnings of them.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="The PNG file (default: STORE/report/flatness.png).")
+    ] = None,
+    images: Annotated[int, typer.Option("--images", help="Training images, from all domains alike.")] = 512,
+    directions: Annotated[int, typer.Option("--directions", help="Random directions.")] = 10,
+    iterations: Annotated[int, typer.Option("--iterations", help="Power iterations, for the eigenvalue.")] = 15,
+    seed: Annotated[int, typer.Option("--seed", help="Draws the directions.")] = 0,
+    store: StoreOption = DEFAULT_STORE,
+    data_root: DataOption = None,
+    plugin: PluginOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how flat the minima of finished runs are, note it beside their records, and draw them in one figure.
+
+    The quantized network's loss on training images, along random directions that are as long, filter by filter, as the weights;
+    and the largest eigenvalue of its Hessian, from differences of straight-through gradients.
+    """
+    from .bench.flatness import Settings, probe_run
+    from .bench.spec import validated
+    from .bench.store import Store, writing
+    from .reports.flatness import flatness_figure
+
+    _check_root(data_root)
+    _load(plugin)
+    asked = {"images": images, "directions": directions, "iterations": iterations, "seed": seed}
+    settings, where = validated(Settings, asked, "probe"), Store(store)
+    found = []
+    for run_id in dict.fromkeys([where.find(run) for run in runs]):
+        with _status(f"probing {run_id}"):
+            found.append(probe_run(where, run_id, settings, data_root=data_root))
+    path = out or where.root / "report" / "flatness.png"
+    if out is None:
+        with writing(where.root):
+            path.parent.mkdir(exist_ok=True)
+    _write_picture(path, flatness_figure(found))
+    if as_json:
+        print(json.dumps({"runs": found, "figure": str(path)}, indent=1))
+    else:
+        _show_probes(found)
+        print(f"figure: {path}")
+
+
 @app.command(short_help="Where to look: W&B and the HTML page.")
 def dash(store: StoreOption = DEFAULT_STORE) -> None:
     """Where to look: W&B without a network, W&B on a server, and the HTML page."""
@@ -429,11 +474,7 @@ def show_data(
 
     loaded = open_data(name, params, data_root, where.cache)
     path = out or Path(f"{loaded.name.replace(':', '-').replace('/', '-')}.png")
-    picture = montage(loaded, make_splits(loaded, seed), seed)
-    try:
-        path.write_bytes(picture)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; give another file with --out") from None
+    _write_picture(path, montage(loaded, make_splits(loaded, seed), seed))
     print(f"wrote {path}")
 
 
@@ -504,6 +545,32 @@ def _watching(label: str, quiet: bool) -> Iterator[Callable[[dict[str, Any]], No
             bar.update(task, completed=event["step"], total=event["steps"], what=what)
 
         yield tell
+
+
+@contextmanager
+def _status(what: str) -> Iterator[None]:
+    """A line that says what is going on, on a terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield
+
+
+def _write_picture(path: Path, picture: bytes) -> None:
+    """The file, whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_bytes(picture)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; give another file with --out") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _load(plugins: list[Path] | None) -> None:
@@ -676,6 +743,28 @@ def _show_export(found: dict[str, Any]) -> None:
         f"weights {kinds[0]}, activations {kinds[1]}, residual sums {found['sums']}, {integer} convolutions on integers"
     )
     print(f"{found['bytes'] / 1000:.1f} kB (float: {found['float_bytes'] / 1000:.1f} kB): {found['file']}")
+
+
+def _show_probes(found: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .reports.flatness import eigenvalue
+
+    shown = (0.1, 0.5)
+    table = Table("run", "method", "bits", box=None, pad_edge=False, header_style="bold")
+    for name in ("test acc", "loss", *(f"rise {r:g}" for r in shown), "max eig"):
+        table.add_column(name, justify="right")
+    for column in table.columns:
+        column.no_wrap = column.header != "method"
+    for probe in found:
+        rise = dict(zip(probe["settings"]["radii"], probe["rise"]["mean"], strict=True))
+        acc = "" if probe["acc"] is None else f"{100 * probe['acc']:.2f}"
+        numbers = (acc, f"{probe['loss']:.3f}", *(f"{rise[r]:.3f}" for r in shown), eigenvalue(probe))
+        table.add_row(probe["run_id"], probe["method"], probe["bits"], *numbers)
+    Console().print(table)
+    if not all(probe["converged"] for probe in found):
+        print("~: the power iteration has not converged; try more --iterations")
 
 
 def _show(record: dict[str, Any], store: Any, again: bool) -> None:

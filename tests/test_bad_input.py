@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from support import TINY
+from support import SQUARES, TINY
 
 
 def refused(answer, *fragments: str) -> str:
@@ -95,6 +95,14 @@ RUN = ("run", "--method", "lsq")
         (("report",), ("no results", "qatbench quickstart")),
         (("report", "quickstart"), ("quickstart", "no")),
         (("dash",), ("nothing to look at", "qatbench quickstart")),
+        (("probe",), ("'RUN", "qatbench probe --help")),
+        (("probe", "0123"), ("there is no run '0123'",)),
+        (("probe", "0123", "--images", "many"), ("'--images'", "integer")),
+        (("probe", "0123", "--images", "0"), ("images=0", "greater than or equal to 1")),
+        (("probe", "0123", "--directions", "-1"), ("directions=-1",)),
+        (("probe", "0123", "--iterations", "0"), ("iterations=0",)),
+        (("probe", "0123", "--seed", "-1"), ("seed=-1",)),
+        (("probe", "0123", "--iteratons", "3"), ("--iteratons", "did you mean '--iterations'")),
         (("check", "nothing.py"), ("nothing.py", "no such file")),
         (("new", "method", "my-method"), ("'my-method'", "e.g. my_method")),
         (("new", "method", "class"), ("'class'",)),
@@ -112,6 +120,29 @@ def test_request_is_refused_in_one_line(cli, tmp_path, monkeypatch, line, fragme
         assert answer.status == 2
         assert "Commands:" in answer.out
     assert not list(tmp_path.glob(f"runs/{'[0-9a-f]' * 16}")), "a run was begun"
+
+
+def test_a_probe_that_cannot_be_drawn_or_measured(cli, tiny, tmp_path) -> None:
+    """Without it, a failed run or a folder that is not there ends in a traceback after minutes of work."""
+    done = json.loads(tiny("lsq", "--json").out)["run_id"]
+    failed = tiny("lsq", "--set", "lr=1e30", "--json")
+    assert failed.status == 1
+    where = (
+        "--plugin",
+        SQUARES,
+        "--store",
+        tmp_path / "runs",
+        "--images",
+        "16",
+        "--directions",
+        "1",
+        "--iterations",
+        "1",
+    )
+    run_id = json.loads(failed.out)["run_id"]
+    refused(cli("probe", done, run_id, *where), f"run {run_id} is failed", "only a run that is done")
+    refused(cli("probe", done, "--out", tmp_path / "no" / "flat.png", *where), "cannot write", "--out")
+    assert not list(tmp_path.rglob("*.tmp-*"))
 
 
 # Suites

@@ -18,7 +18,20 @@ from pictures import write_classes
 from support import SQUARES, TINY, read_offline
 
 HEAVY = ("torch", "lightning", "pandas", "numpy", "rich", "wandb", "yaml", "sklearn")
-VERBS = ("quickstart", "list", "run", "sweep", "status", "report", "dash", "check", "doctor", "new", "new method")
+VERBS = (
+    "quickstart",
+    "list",
+    "run",
+    "sweep",
+    "status",
+    "report",
+    "probe",
+    "dash",
+    "check",
+    "doctor",
+    "new",
+    "new method",
+)
 
 
 def qatbench(*line: str | Path, **options) -> subprocess.CompletedProcess[str]:
@@ -48,7 +61,7 @@ def test_every_verb_explains_itself(cli, verb) -> None:
     answer = cli(*verb.split(), "--help")
     assert answer.status == 0
     assert answer.out.startswith(f"Usage: qatbench {verb}")
-    assert "..." not in answer.out.replace("[ARGS]...", "")
+    assert "..." not in answer.out.replace("[ARGS]...", "").replace("{RUN}...", "")
     (about,) = re.findall(rf"^  {verb.split()[0]} +(.*)$", cli("--help").out, re.MULTILINE)
     assert about
     assert not about.endswith("...")
@@ -337,6 +350,31 @@ def test_reader_that_goes_away(line) -> None:
         command = [sys.executable, "-m", "qatbench", *line]
         ended = subprocess.run(command, stdout=gone, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+# probe
+
+
+def test_probe_measures_and_draws(cli, tiny, tmp_path) -> None:
+    """Without it, one cannot see whether a method finds flatter minima."""
+    ids = [json.loads(tiny(method, "--json").out)["run_id"] for method in ("fp32", "lsq")]
+    options = ("--images", "32", "--directions", "2", "--iterations", "2")
+    where = ("--plugin", SQUARES, "--store", tmp_path / "runs")
+    shown = cli("probe", ids[0], ids[1][:9], ids[0], *options, *where)
+    assert shown.status == 0, shown.err
+    *table, last = shown.out.splitlines()
+    figure = tmp_path / "runs" / "report" / "flatness.png"
+    assert last == f"figure: {figure}"
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert [line.split()[:2] for line in table[1:3]] == [[ids[0], "fp32"], [ids[1], "lsq"]]
+    figure.unlink()
+    again = cli("probe", ids[1], *options, *where, "--out", tmp_path / "flat.png", "--json")
+    found = json.loads(again.out)
+    assert found["figure"] == str(tmp_path / "flat.png")
+    assert [run["run_id"] for run in found["runs"]] == [ids[1]]
+    assert found["runs"][0] == json.loads((tmp_path / "runs" / ids[1] / "flatness.json").read_text())
+    assert (tmp_path / "flat.png").exists()
+    assert not figure.exists()
 
 
 # Data

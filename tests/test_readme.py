@@ -82,7 +82,7 @@ def test_files_and_names_exist() -> None:
     for data in plugins("datasets"):
         domains = getattr(data.cls, "domains", ())  # a folder of one's own has its own
         assert [d for d in domains if d != data.name.removesuffix("-lt") and f"`{d}`" not in README] == []
-    marks = dict(re.findall(r"^\| `(\w+)(?:\+METHOD)?` \| (\w+) \|", README, re.MULTILINE))
+    marks = dict(re.findall(r"^\| `([\w-]+)(?:\+METHOD)?` \| (\w+) \|", README, re.MULTILINE))
     assert marks == {p.name: p.cls.fidelity for p in plugins("methods") if p.error is None}
     assert {"quickstart", "digits"} <= set(suite_names())
     assert {"epochs", "seed", "bits"} <= set(RunSpec.model_fields)

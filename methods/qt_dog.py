@@ -1,0 +1,97 @@
+"""QT-DoG: quantization noise in the weights is what flattens the minimum, for domain generalisation (Javed et al. 2025)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..bench.method import Probe, Run, Wrapper
+from ..bench.quant import Bits, Budget, Quantizer, Scope, quant_layers
+from ..bench.site import Site
+from ..bench.spec import FLOAT_BITS, Frozen
+from ..bench.task import Task
+
+
+def quantizes(step: int, steps: int, start: float) -> bool:
+    """Whether weights are quantized at a step of training: from ``round(start * steps)`` on."""
+    return step >= round(start * steps)
+
+
+def float_until(start: float, quantizer: Quantizer, inputs: tuple[Tensor, ...], q: Tensor) -> Tensor | None:
+    """The weight itself in training before the start, as a hook after its quantizer; None leaves it quantized.
+
+    The quantizer runs all the same: its parameters get a gradient, of zero, without which a distributed step would not end.
+    """
+    scope = quantizer.scope
+    if not quantizer.training or quantizes(scope.step, scope.steps, start):
+        return None
+    (weight,) = inputs
+    return torch.where(torch.zeros((), dtype=torch.bool, device=q.device), q, weight)
+
+
+class QTDoG(Wrapper):
+    """QT-DoG (Javed et al. 2025, arXiv 2410.06020) around any method that trains: our reconstruction.
+
+    Known, from the authors' code: weights alone are quantized, on a uniform grid, with 7 bits on PACS, from step 2000 of 5000 on.
+    Rounding moves the weights by noise, ``L(w + e) = L(w) + e.g + e.He / 2``, and so favours minima where H is small.
+    Until the share ``start`` of the steps has passed, weights are in float in training; then the quantizers are fitted again to the
+    weights as they are, and quantize. In use they always do.
+
+    Inputs stay in float, whatever the run asks: w4a4 is run, and recorded, as w4a32; a ``plan`` that gives inputs fewer bits is
+    refused. The rest is inferred: the quantizer (LSQ by default, per tensor), its calibration at the start, and the first and the
+    last layer, which are the run's policy's.
+    """
+
+    name = "qt-dog"
+    paper = "Javed et al., QT-DoG: Quantization-aware training for domain generalization, ICML 2025, arXiv 2410.06020"
+    fidelity = "reconstruction"
+    default_inner = "lsq"
+    weights_only = True
+
+    class Params(Frozen):
+        """Settings of QT-DoG."""
+
+        start: float = Field(
+            0.4,
+            ge=0,
+            le=1,
+            description="share of the steps after which weights are quantized; 1: only when training has ended",
+        )
+
+    test_params = {"start": 0.08}  # noqa: RUF012
+
+    def plan(self, sites: Sequence[Site], bits: Bits | Budget, probe: Probe) -> dict[str, Bits]:
+        """The inner method's for inputs in float."""
+        return self.inner.plan(sites, bits._replace(a=FLOAT_BITS), probe)
+
+    def weight_quantizer(self, bits: int, site: Site, scope: Scope) -> Quantizer:
+        """The inner method's with a hook, not inside another quantizer: it stays what the inner method looks for and saves."""
+        quantizer = self.inner.weight_quantizer(bits, site, scope)
+        quantizer.register_forward_hook(functools.partial(float_until, self.params.start))
+        return quantizer
+
+    def after_update(self, run: Run) -> None:
+        """Fit the quantizers to the weights when the next step is the first that quantizes.
+
+        It is decided by the number of the step, and what it leaves lies in the checkpoint: a run that is taken up at this very step
+        neither fits twice nor misses it. The optimizer forgets the quantizers' parameters: after a history of zeros Adam's first
+        steps would be three times as long as the learning rate.
+        """
+        step, steps, start = self.scope.step, self.scope.steps, self.params.start
+        if quantizes(step, steps, start) or not quantizes(step + 1, steps, start):
+            return
+        for _, layer in quant_layers(run.net):
+            if layer.weight_quantizer is not None:
+                layer.weight_quantizer.fit(layer.weight)
+                for parameter in layer.weight_quantizer.parameters():
+                    run.opt.state.pop(parameter, None)
+
+    def skip(self, task: Task) -> str | None:
+        """As for every wrapper; or that there is nothing that could start."""
+        if tuple(self.inner.bits) == (FLOAT_BITS,):
+            return f"{self.inner.name} has no quantizers, so {self.name} has nothing to start"
+        return super().skip(task)
