@@ -1,18 +1,19 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qatbench.bench.data import Batch
+from qatbench.bench.data import Batch, Split
 from qatbench.bench.errors import RunFailed
 from qatbench.bench.quant import CdfQuantizer, RunningCdfQuantizer, Scope, audit, quant_layers
 from qatbench.bench.quant.cdf import normal_fit, surrogate_slope
 from qatbench.bench.site import Site
-from qatbench.bench.testing import Loop, MethodContract, all_train, logits, ready, same, state
+from qatbench.bench.testing import Loop, MethodContract, all_train, logits, ready, same, state, train
 from qatbench.methods.emaq import Average, DomainNorm, Thresholds, sensitivity
 from torch import Tensor, nn
 
@@ -318,3 +319,14 @@ def test_statistics_that_diverged_end_the_run() -> None:
         next(layer for _, layer in quant_layers(method.net)).act_quantizer.mean.fill_(torch.nan)
     with pytest.raises(RunFailed, match="mean is not finite"):
         method.epoch_losses()
+
+
+def test_a_domain_without_validation_images(tmp_path: Path) -> None:
+    """A small domain whose images all train would end the run, or be asked for its best epoch."""
+    method, data = ready("emaq", selection="best_per_domain", epochs=2)
+    data.splits["d1"] = Split(data.splits["d1"].train, torch.empty(0, dtype=torch.int64), data.splits["d1"].test)
+    data.val_domains = ("d0", "d2")
+    train(method, data, tmp_path)
+    assert {name for name in method.metrics if name.startswith("val/acc/")} == {"val/acc/d0", "val/acc/d2"}
+    assert not (tmp_path / "best-d1.pt").exists()
+    assert (tmp_path / "best-d0.pt").exists()
