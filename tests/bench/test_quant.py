@@ -49,6 +49,7 @@ from qatbench.methods.pact import LearnedClip
 from torch import Tensor, nn
 
 SITE = Site("layer", "layer", (4,), macs=288, weights=36, inputs=72)
+ONE_DOMAIN = Task("classification", tuple("0123456789"), (1,) * 10, ("all",))
 SMALL = settings(deadline=None, derandomize=True, database=None, max_examples=25)
 
 MAKERS: dict[str, Callable[[int], Quantizer]] = {
@@ -88,7 +89,7 @@ def built_in() -> Iterator[tuple[str, Callable[[int], Quantizer]]]:
             def make(bits: int, name: str = plugin.name, kind: str = kind, signed: bool = signed) -> Quantizer:
                 method = build(name, {})
                 for member in method.members:
-                    member.spec, member.scope = RunSpec(method=name), Scope()
+                    member.spec, member.scope, member.task = RunSpec(method=name), Scope(), ONE_DOMAIN
                 place = replace(SITE, signed_input=signed)
                 return getattr(method, f"{kind}_quantizer")(bits, place, Scope())
 
@@ -543,8 +544,7 @@ def built(network: str, size: int, bits: str = "w4a4", method: str = "lsq") -> d
     torch.manual_seed(0)
     images = torch.randn(2, 3, size, size)
     batch = Batch(images, torch.tensor([0, 1]), torch.zeros(2, dtype=torch.int64))
-    task = Task("classification", tuple("0123456789"), (1,) * 10, ("all",))
-    made = assemble(spec, find("networks", network)(3, 10), task, batch)
+    made = assemble(spec, find("networks", network)(3, 10), ONE_DOMAIN, batch)
     return cost(made.sites, made.bit_plan, made.net)
 
 

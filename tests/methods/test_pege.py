@@ -28,7 +28,7 @@ class TestPEGE(MethodContract):
 class Fixed:
     """Stands for an inner method: its quantizer is the one at hand."""
 
-    name, trains, bits, views, first_last = "fixed", True, range(2, 9), 1, "8bit"
+    name, trains, bits, views, first_last, weights_only = "fixed", True, range(2, 9), 1, "8bit", False
 
     def __init__(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer
