@@ -130,6 +130,8 @@ def _check_form(method: Method, images: Tensor) -> None:
         raise NoIntegerForm(
             f"{method.name} has a grid for each domain, and an image does not say which domain it is of"
         )
+    if any(q.by_sample for q in quantizers):
+        raise NoIntegerForm(f"{method.name} has other thresholds for each image, by a first pass over it")
     known = logits(method, method.net, images, method.probe.domain[0].expand(len(images)))
     if not torch.equal(known, logits(method, method.net, images)):
         raise NoIntegerForm(f"{method.name} predicts by the image's domain, which an image does not say")

@@ -18,9 +18,9 @@ class ClimbQ(EmaQLT):
     """ClimbQ (Chen et al., NeurIPS 2022), the predecessor of `EmaQLT`: our reconstruction after its public code.
 
     Of EmaQ-LT it has the conditional CDF and the weights by Levene's test. As in the code, autograd goes through the CDF and its
-    statistics, weights are in [-1, 1], s is about 2 in training (``s_train``: the code divides a class's share by the sum over the
-    batch) and 2 in use, and the loss is the binary cross-entropy of the softmax, a mean over classes. There is no logit adjustment;
-    all domains are one, with one set of statistics and one pass.
+    statistics, weights are in [-1, 1], s is about 2 in training (``s_train``: the code divides a class's share of the batch by the
+    sum of the shares over the batch) and 2 in use, and the loss is the binary cross-entropy of the softmax, a mean over classes.
+    There is no logit adjustment; all domains are one, with one set of statistics and one pass.
 
     Departures: the code tests each batch's features, with the class sizes of the whole set, so that its class means are far too
     small; here the test is EmaQ-LT's. It quantizes behind the norm by N(0, s), so that convolutions read residual sums of more
@@ -34,6 +34,7 @@ class ClimbQ(EmaQLT):
         "Chen et al., ClimbQ: class imbalanced quantization enabling robustness on efficient inferences, NeurIPS 2022"
     )
     first_last = "same"
+    version = 2  # 2: s by the class's share of the batch
     alters = frozenset({"loss"})
     step = Method.step
 

@@ -49,7 +49,8 @@ class CRT(HeadWrapper):
     weights, since its step was learned for others; the head's input quantizer is the head's, and learns on.
 
     Departure: the paper adds 10 epochs to a full training. Here all methods have the same epochs, so the second stage takes a share
-    of them; a run of one epoch has none. Inner methods that go by the length of training count both stages.
+    of them; a run of one epoch has none. Inner methods that go by the length of training count both stages. A loss that makes up
+    for the sizes of classes does so in the second stage, too, on top of equally frequent classes.
     """
 
     name = "crt"

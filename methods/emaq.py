@@ -6,14 +6,15 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..bench import ranks
+from ..bench.errors import RunFailed
 from ..bench.method import Method, Probe, Run
 from ..bench.quant import (
     Bits,
@@ -26,6 +27,7 @@ from ..bench.quant import (
     deployed,
     quant_layers,
 )
+from ..bench.quant.levels import switching_points
 from ..bench.site import Site
 from ..bench.spec import FLOAT_BITS, Frozen, parse_bits
 
@@ -91,7 +93,7 @@ class Unaligned:
 
 
 class UnalignedWeight(Unaligned, CdfQuantizer):
-    """Weights clipped to [-alpha, alpha]."""
+    """Weights clipped to [-2 sigma, 2 sigma], as inputs are: of a fixed range an even grid would use few of its codes."""
 
 
 class UnalignedInput(Unaligned, RunningCdfQuantizer):
@@ -151,28 +153,6 @@ class Thresholds(Quantizer):
         return decode(codes).to(x.dtype)
 
 
-def switching_points(code: Callable[[Tensor], Tensor], wanted: Tensor, rows: int) -> Tensor:
-    """The least float32 that has each of the wanted codes, [rows, n]: by bisection over the floats themselves.
-
-    Args:
-        code: Maps float32 [rows, n] to codes, row by row, and is monotone.
-        wanted: [n], ascending.
-        rows: How many sets of statistics.
-    """
-
-    def as_float(order: Tensor) -> Tensor:  # 0, 1, 2, ... are the floats from the lowest to the highest
-        bits = torch.where(order >= 0, order, (-(order + 1)) | -(2**31))
-        return bits.int().view(torch.float32)
-
-    low = torch.full((rows, len(wanted)), -(2**31) + 2**23, device=wanted.device)  # below: NaN
-    high = torch.full_like(low, 2**31 - 2**23)
-    while bool((high - low > 1).any()):
-        middle = (low + high).div(2, rounding_mode="floor")
-        reached = code(as_float(middle)) >= wanted
-        low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
-    return as_float(high)
-
-
 class EmaQ(Method):
     """Efficient multi-domain alignment quantization (Yeh, Chen et al., arXiv 2606.04920v1).
 
@@ -189,13 +169,16 @@ class EmaQ(Method):
     relative to its peak; ``none`` is Eq. 13, and ``ste`` is what the earlier code trains with. A layer without a norm behind it
     keeps its scale (alpha = 2 sigma), for nothing would undo another. Inputs have the CDF's own derivative, with the surrogate if
     ``act_surrogate``; the paper gives it for weights only. Neighbours of equal code, and neighbours across layers, are left out of
-    Eq. 17.
+    Eq. 17. With ``norm="shared"`` the running statistics move once for each client, in their order. The first and last layer have
+    8 bits by default, as elsewhere here. Momentum of each client's own, several local steps, and statistics of each channel are
+    not offered.
     """
 
     name = "emaq"
     paper = "Yeh, Chen et al., Efficient multi-domain alignment quantization, arXiv 2606.04920v1 (withdrawn)"
     fidelity = "reconstruction"
     alters = frozenset({"norm", "step"})
+    version = 2  # 2: without a CDF weights keep their scale; norms weigh by the layers' mean sensitivity
     beta: Tensor  # [domains, 1 or layers]
 
     class Params(Frozen):
@@ -214,7 +197,9 @@ class EmaQ(Method):
             "input", description="where activations are quantized; post_bn: counted as float inputs"
         )
         act_surrogate: bool = Field(False, description="whether activations have the surrogate gradient, too")
-        align: bool = Field(True, description="false: no CDF, the ablation")
+        align: bool = Field(
+            True, description="false: no CDF and none of its gradients, the ablation: an even grid within 2 sigma"
+        )
         aggregation: Literal["swa", "awa"] = Field("swa", description="clients weigh by sensitivity, or equally")
         scope: Literal["network", "layer"] = Field(
             "network", description="one sensitivity a client, or one a layer of it"
@@ -224,6 +209,16 @@ class EmaQ(Method):
         )
         norm: Literal["local", "shared"] = Field("local", description="whose running statistics a BatchNorm has")
 
+        @model_validator(mode="after")
+        def _goes_together(self) -> Self:
+            if self.act_at == "post_bn" and not self.align:
+                raise ValueError(
+                    "act_at=post_bn goes by the CDF of N(0, 1), which align=false leaves out; use act_at=input"
+                )
+            if self.act_surrogate and (self.aqgd_norm == "ste" or not self.align):
+                raise ValueError("act_surrogate is for a CDF without aqgd_norm=ste, whose gradient it would replace")
+            return self
+
     test_params: ClassVar[Mapping[str, object]] = {"sensitivity_decay": 0.5}
 
     # --- build
@@ -231,19 +226,33 @@ class EmaQ(Method):
     def plan(self, sites: Sequence[Site], bits: Bits | Budget, probe: Probe) -> dict[str, Bits]:
         """As for every method; with ``grid="paper"`` and ``act_at="post_bn"`` the bits that it really takes."""
         plan = super().plan(sites, bits, probe)
-        edges = {site.name for site in sites if site.edge}
         if self.params.grid == "paper":
-            plan = {name: b if name in edges else Bits(*map(self._paper_bits, b)) for name, b in plan.items()}
+            if isinstance(bits, Budget):
+                raise RunFailed(
+                    f"grid=paper takes more bits than the budget {bits} allows; give a width, or grid=true_bits"
+                )
+            kept = set() if self.spec.first_last == "same" else {site.name for site in sites if site.edge}
+            taken = {b: Bits(*map(self._paper_bits, b)) for b in {b for name, b in plan.items() if name not in kept}}
+            plan = {name: b if name in kept else taken[b] for name, b in plan.items()}
         if self.params.act_at == "post_bn":
             plan = {name: Bits(b.w, FLOAT_BITS) for name, b in plan.items()}
         return plan
 
     def _paper_bits(self, bits: int) -> int:
-        """Whole bits that hold the levels of Eq. 6 at ``bits`` bits."""
+        """Whole bits that hold the levels of Eq. 6 at ``bits`` bits.
+
+        Raises:
+            RunFailed: These are more than 8, or there is one level only.
+        """
         if bits == FLOAT_BITS:
             return bits
         levels = round(self.params.alpha * 2**bits) + 1
         held = math.ceil(math.log2(levels))
+        if not 1 <= held <= 8:
+            raise RunFailed(
+                f"Eq. 6 with alpha={self.params.alpha:g} has {levels} levels at {bits} bits, and 2 to 256 are possible; "
+                "give another width or alpha, or grid=true_bits"
+            )
         log.info("Eq. 6 at %d bits has %d levels, %.2f bits: counted as %d", bits, levels, math.log2(levels), held)
         return held
 
@@ -262,15 +271,18 @@ class EmaQ(Method):
         bits = parse_bits(self.spec.bits).a
         if self.params.act_at == "post_bn" and bits < FLOAT_BITS:
             through = self.params.aqgd_norm == "ste"
-            after = self.norm_quantizer(bits, site, scope, through=through, steps=self._steps(bits))
-        if not isinstance(module, nn.BatchNorm2d) or not (local or after):
+            surrogate = self.params.act_surrogate and not through
+            after = self.norm_quantizer(
+                bits, site, scope, through=through, surrogate=surrogate, steps=self._steps(bits)
+            )
+        if not isinstance(module, nn.BatchNorm2d) or module.running_mean is None or not (local or after):
             return module
         return DomainNorm(module, domains if local else 1, scope, after)
 
     def weight_quantizer(self, bits: int, site: Site, scope: Scope) -> Quantizer:
         """Through the weight's own CDF."""
         kind = CdfQuantizer if self.params.align else UnalignedWeight
-        keeps_scale, through = site.norm is None, self.params.aqgd_norm == "ste"
+        through, keeps_scale = self.params.aqgd_norm == "ste", site.norm is None or not self.params.align
         return kind(
             bits, site, scope, 2.0 if keeps_scale else self.params.alpha, through or not self.params.align,
             relative=keeps_scale, surrogate=self.params.align and not through,
@@ -302,7 +314,14 @@ class EmaQ(Method):
         return FixedCdfQuantizer
 
     def prepare(self, net: nn.Module) -> None:
-        """The clients' sensitivities; 0 before the first step."""
+        """The clients' sensitivities; 0 before the first step.
+
+        Raises:
+            RunFailed: ``act_at="post_bn"``, and there is no BatchNorm.
+        """
+        behind = any(isinstance(m, DomainNorm) and m.after is not None for m in net.modules())
+        if self.params.act_at == "post_bn" and parse_bits(self.spec.bits).a < FLOAT_BITS and not behind:
+            raise RunFailed(f"{self.spec.network} has no BatchNorm to quantize behind; set {self.name}.act_at to input")
         layers = len(list(quant_layers(net))) if self.params.scope == "layer" else 1
         self.register_buffer("beta", torch.zeros(self.domains, layers))
 
@@ -321,22 +340,23 @@ class EmaQ(Method):
             run.update()
             return
         parameters = [p for group in run.opt.param_groups for p in group["params"]]
-        layer_of = {layer.weight: k for k, (_, layer) in enumerate(quant_layers(run.net))}
+        layers = enumerate(quant_layers(run.net))
+        layer_of = {p: k for k, (_, layer) in layers for p in layer.parameters(recurse=False)}
         mean: dict[nn.Parameter, Tensor] = {}
-        weight = Average()
+        weight, of_others = Average(), Average()  # each a layer's own; what is of no layer goes by their mean
         for domain, part in run.batch.by_domain():
             with watched(run.net, self.params.aggregation == "swa") as seen:
                 run.backward(part)
-            share = weight.add(self._sensitivities(domain, seen))
+            beta = self._sensitivities(domain, seen)
+            share, others = weight.add(beta), of_others.add(beta.mean())
             for p in parameters:
                 if p.grad is None:
                     continue
                 if p not in mean:
                     mean[p] = p.grad
-                elif len(share) == 1:
-                    mean[p].lerp_(p.grad, share[0])
                 else:
-                    mean[p].lerp_(p.grad, share[layer_of[p]] if p in layer_of else share.mean())
+                    own = len(share) > 1 and p in layer_of
+                    mean[p].lerp_(p.grad, share[layer_of[p]] if own else others)
         for p, gradient in mean.items():
             p.grad = gradient
         run.update()
@@ -346,9 +366,12 @@ class EmaQ(Method):
         """Sensitivities of a client, beta: [1], or one for each layer."""
         if self.params.aggregation == "awa":
             return torch.ones_like(self.beta[domain])
-        each = torch.stack([sensitivity(s.value, ranks.mean_(s.gradient)) for s in seen if s.gradient is not None])
+        none = torch.tensor(-1.0, device=self.beta.device)
+        each = torch.stack(
+            [none if s.gradient is None else sensitivity(s.value, ranks.mean_(s.gradient)) for s in seen]
+        )
         new = each if self.params.scope == "layer" else each.amax(0, keepdim=True)
-        new = torch.where(new < 0, 1.0, new)
+        new = torch.where(new < 0, 1.0, new)  # weights that are all equal, or float
         old, decay = self.beta[domain], self.params.sensitivity_decay
         self.beta[domain] = torch.where(old == 0, new, decay * old + (1 - decay) * new)
         return self.beta[domain].clone()
@@ -356,7 +379,7 @@ class EmaQ(Method):
     # --- use
 
     def deploy(self, run: Run) -> nn.Module:
-        """Weights as codes, inputs by thresholds: no CDF is computed."""
+        """Weights as codes, inputs by thresholds: no CDF is computed but behind norms (``act_at="post_bn"``)."""
         net = deployed(run.net)
         for module in net.modules():
             for name, child in module.named_children():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -35,6 +36,7 @@ log = logging.getLogger("qatbench")
 
 SHRINKAGE = 16  # images of a class in a batch at which its own statistics count as much as those of all
 SMALLEST_LSE = 1e-2  # kappa would grow without bound
+PART = 4096  # images whose features are held twice at a time
 
 
 # --- the conditional CDF
@@ -49,7 +51,7 @@ class Conditional(CdfQuantizer):
     Args:
         bits, site, scope: See `Quantizer`.
         scale: s of each class, float [classes], as `class_scale` makes it.
-        s_train: ``class``: s_c; ``batch``: ``2 - p_i / sum_j p_j`` over the batch, p the share of a sample's class.
+        s_train: ``class``: s_c; ``batch``: ``2 - p_i / sum_j p_j`` over the batch, p the share of a sample's class in it.
         s_eval: ``const2``: 2 in use; otherwise its expectation over the training images.
         class_ema: Whether the CDF has class statistics, too. They are running averages relative to the statistics of all,
             ``(x - mu) / sigma`` of a class's samples, so that they are the same for all domains. A batch with n images of a class
@@ -77,10 +79,11 @@ class Conditional(CdfQuantizer):
         self.s_train, self.s_eval, self.class_ema, self._rank = s_train, s_eval, class_ema, 4
         self.expected = float(((2 - scale) * scale).sum())
         self.predicted: Tensor | None = None  # int64 [B]: what the samples are taken for in use
-        self.fused = not class_ema  # a class's mean follows the deviation of all
+        self.by_sample = s_eval == "predicted"
+        self.as_trained = False  # in use, s by the rule of training: for a comparison
         self.register_buffer("scale", scale, persistent=False)
         if class_ema:
-            self.fused = False  # the mean follows the deviation, too
+            self.fused = False  # a class's mean follows the deviation of all
             self.register_buffer("class_mean", torch.zeros_like(scale))
             self.register_buffer("class_std", torch.ones_like(scale))
 
@@ -104,10 +107,11 @@ class Conditional(CdfQuantizer):
         classes = self.classes
         if classes is None:
             return std * (2.0 if self.s_eval == "const2" else self.expected)
-        s = self.scale[classes]
-        if self.training and self.s_train == "batch":
-            share = 2 - s
-            s = 2 - share / ranks.sum_(share.sum()).clamp(min=1e-12)
+        s = self.scale
+        if self.s_train == "batch" and (self.training or self.as_trained):
+            n = ranks.sum_(torch.bincount(classes, minlength=len(s)).to(s.dtype))
+            s = 2 - n / n.square().sum()
+        s = s[classes]
         if self.class_ema:
             s = s * self.class_std[classes]
         return std * self._of_samples_of(s)
@@ -166,13 +170,14 @@ def deviations(features: Tensor, labels: Tensor, classes: int) -> Tensor:
     """``z_i = sum_f |h_if - mean_cf|``: how far an image's features are from the mean of its class, float64 [N].
 
     Args:
-        features: float [N, F].
+        features: float [N, F]; taken in parts, for it may be most of the memory.
         labels: int64 [N].
         classes: How many classes there are.
     """
     count = torch.bincount(labels, minlength=classes).clamp(min=1).to(features.dtype)
     mean = features.new_zeros(classes, features.shape[1]).index_add_(0, labels, features) / count[:, None]
-    return (features - mean[labels]).abs().sum(1).double()
+    parts = zip(features.split(PART), labels.split(PART), strict=True)
+    return torch.cat([(h - mean[y]).abs().sum(1).double() for h, y in parts])
 
 
 def levene_bounds(z: Tensor, labels: Tensor, counts: Sequence[int], zeta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,17 +229,19 @@ def class_weights(d: Tensor, counts: Sequence[int], rho: float, mode: str) -> Te
         counts: Images of each class.
         rho: Between 0 and 1.
         mode: ``paper``: 1 for a class inside its bounds (d = 0), while one far outside has 1 / n. ``normalised``: inside, as with
-            d = 1; the weights of the classes that occur have the mean 1. ``cb``: `class_balanced`. ``none``: 1.
+            d = 1, and so where d is below 1; the weights of the classes that occur have the mean 1. ``cb``: `class_balanced`.
+            ``none``: 1.
     """
     if mode == "none":
         return torch.ones(len(counts), device=d.device)
     if mode == "cb":
         return class_balanced(counts, rho).to(d.device)
     n = torch.tensor(counts, dtype=torch.float64, device=d.device)
-    exponent = math.log(rho) / torch.where(d > 0, d, 1.0)
+    outside = d > 0
+    exponent = math.log(rho) / torch.where(outside, d, 1.0).clamp(min=0.0 if mode == "paper" else 1.0)
     weight = torch.expm1(exponent) / torch.expm1(exponent * n.clamp(min=1))
     if mode == "paper":
-        weight = torch.where(d > 0, weight, 1.0)
+        weight = torch.where(outside, weight, 1.0)
     weight = torch.where(n > 0, weight, 0.0)
     return (weight * ((n > 0).sum() / weight.sum()) if mode == "normalised" else weight).float()
 
@@ -274,22 +281,27 @@ class EmaQLT(EmaQ):
     adjusts all logits in use instead, and ``all`` is a control that changes nothing. s(x) has no gradient, unless ``cla_gradient``.
 
     Departures: a negative C_c counts as 0 (ClimbQ's code has NaN there, and takes the class for one inside); classes without
-    images take no part; the bounds are not those of every batch. By default s in training is not s in use: how far that moves the
-    codes is told after each validation.
+    images take no part; the bounds are not those of every batch; with several domains, s, omega and n are those of all domains
+    together. By default s in training is not s in use: how far that moves the codes is told after each validation.
+    ``s_eval="expected"`` is nearer.
     """
 
     name = "emaq-lt"
+    version = 2  # 2: a distance below 1 counts as 1; the log-sum-exp moves once a step
     alters = frozenset({"norm", "step", "logits", "loss"})
 
     head: str = ""
     omega: Tensor  # float [classes]
     log_n: Tensor  # float [classes]
-    lse: Tensor  # running mean of the training images' log-sum-exp
+    lse: Tensor  # running mean of the training images' log-sum-exp; 0 before the first step
 
     class Params(EmaQ.Params):
         """Settings of EmaQ-LT."""
 
-        conditional: bool = Field(True, description="whether s depends on the class; false: s = 1, the ablation")
+        conditional: bool = Field(
+            True,
+            description="whether s depends on the class; false: s = 1, the ablation, as where align=false leaves no CDF",
+        )
         stats: Literal["batch_global", "class_ema"] = Field(
             "batch_global", description="whose mean and deviation the CDF has"
         )
@@ -355,7 +367,8 @@ class EmaQLT(EmaQ):
             )
         self.register_buffer("omega", class_weights(torch.zeros(len(counts)), counts, p.rho, p.omega))
         self.register_buffer("log_n", log_counts(counts), persistent=False)
-        self.register_buffer("lse", torch.ones(()))
+        self.register_buffer("lse", torch.zeros(()))
+        self._lses: list[Tensor] = []
 
     # --- train
 
@@ -400,20 +413,27 @@ class EmaQLT(EmaQ):
             handle.remove()
         return torch.cat(seen), torch.cat(labels)
 
-    def _look(self, net: nn.Module, batch: Batch) -> None:
-        """A pass in which quantizers may know as much as in use."""
+    def _look(self, net: nn.Module, batch: Batch) -> Tensor:
+        """The logits of a pass in which quantizers may know as much as in use."""
         self.scope.domain, self.scope.labels, self.scope.track = batch.domain, None, False
         with self._autocast():
-            net(batch.x)
+            return net(batch.x)
 
     def losses(self, out: Out, batch: Batch) -> dict[str, Tensor]:
         """The task's, with the homogenised loss for ``task``; a head of superclasses is left alone."""
         logits = self.task.heads(out.logits)[""].float()
         if self.params.cla == "posthoc_classwise" and self.scope.track:
-            self.lse.lerp_(ranks.mean_(logits.detach().logsumexp(1).mean()), MOMENTUM)
+            self._lses.append(logits.detach().logsumexp(1).mean())
         loss = binary_loss if self.params.loss == "bce" else functools.partial(F.cross_entropy, reduction="none")
         each = loss(self.adjusted(logits, batch.y), batch.y)
         return self.task.losses(out.logits, batch) | {"task": (self.omega[batch.y] * each).mean()}
+
+    def after_update(self, run: Run) -> None:
+        """Follow the log-sum-exp, once a step."""
+        if self._lses:
+            new = ranks.mean_(torch.stack(self._lses).mean())
+            self.lse.copy_(torch.where(self.lse == 0, new, self.lse.lerp(new, MOMENTUM)))
+            self._lses.clear()
 
     def adjusted(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The logits of the training loss, phi of Eq. 26: float [B, classes]; labels: int64 [B]."""
@@ -426,21 +446,24 @@ class EmaQLT(EmaQ):
     def validated(self, run: Run, metrics: Mapping[str, float]) -> None:
         """Tell how far codes in training are from those in use, on the probe: what s alone makes of them."""
         super().validated(run, metrics)
+        quantizers = [m for m in run.net.modules() if isinstance(m, Conditional)]
         apart: list[Tensor] = []
 
         def compare(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             assert isinstance(module, Conditional)
-            in_use = module.encode(inputs[0])[0]
-            module.predicted = run.probe.y
+            known, in_use = module.predicted, module.encode(inputs[0])[0]
+            module.predicted, module.as_trained = run.probe.y, True
             apart.append((module.encode(inputs[0])[0] - in_use).abs().float().mean())
-            module.predicted = None
+            module.predicted, module.as_trained = known, False
 
-        handles = [m.register_forward_pre_hook(compare) for m in run.net.modules() if isinstance(m, Conditional)]
-        with evaluating(run.net):
-            if handles:
+        with evaluating(run.net), contextlib.ExitStack() as undo:
+            if quantizers and self.params.s_eval == "predicted":
+                first = self.task.heads(self._look(run.net, run.probe))[""].argmax(1)
+                undo.enter_context(taken_for(run.net, first))
+            for module in quantizers:
+                undo.callback(module.register_forward_pre_hook(compare).remove)
+            if quantizers:
                 self._look(run.net, run.probe)
-        for handle in handles:
-            handle.remove()
         if apart:
             log.info(
                 "s in training and in use: codes of activations differ by %.3f on average", torch.stack(apart).mean()
@@ -448,20 +471,24 @@ class EmaQLT(EmaQ):
 
     # --- use
 
+    @property
+    def _predicts(self) -> bool:
+        """Whether a second pass has another s than the first."""
+        return self.params.s_eval == "predicted" and self.params.conditional and self.params.align
+
     def predict(self, net: nn.Module, batch: Batch) -> Tensor:
         """Logits, of a second pass where the first tells s; adjusted with ``cla="posthoc_classwise"``."""
         logits = super().predict(net, batch)
-        if self.params.s_eval == "predicted" and self.params.conditional:
+        if self._predicts:
             with taken_for(net, self.task.heads(logits)[""].argmax(1)):
                 logits = super().predict(net, batch)
         if self.params.cla != "posthoc_classwise":
             return logits
-        size = self.lse.abs().clamp(min=SMALLEST_LSE).copysign(self.lse)
+        size = torch.where(self.lse == 0, 1.0, self.lse.abs().clamp(min=SMALLEST_LSE).copysign(self.lse))
         kappa = 1 / size if self.params.kappa is None else self.params.kappa
         lse = self.task.heads(logits)[""].logsumexp(1, keepdim=True)
         return logits - kappa * lse * on_classes(self.log_n, self.task)
 
     def deploy(self, run: Run) -> nn.Module:
         """As `EmaQ`; where s is predicted, thresholds would be each sample's own, and the quantizers stay."""
-        predicts = self.params.s_eval == "predicted" and self.params.conditional
-        return deployed(run.net) if predicts else super().deploy(run)
+        return deployed(run.net) if self._predicts else super().deploy(run)

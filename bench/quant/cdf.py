@@ -36,7 +36,7 @@ class CdfQuantizer(Quantizer):
     """
 
     fused: bool = True
-    """Whether `place` is the CDF of the plain statistics, so that the gradient is known; else autograd finds it."""
+    """Whether `place` is the CDF of the plain statistics, so that the gradient is known; else autograd finds it, through them."""
     alpha: Tensor
 
     def __init__(
@@ -76,6 +76,10 @@ class CdfQuantizer(Quantizer):
         """Which samples are measured together, int64 [B] (None: all), and how many groups there are."""
         return None, 1
 
+    def over_ranks(self) -> bool:
+        """Whether the statistics are those of all ranks' tensors; a weight is the same on each."""
+        return False
+
     def spread(self, std: Tensor) -> Tensor:
         """The deviation that the CDF is given, broadcastable to x."""
         return std
@@ -87,7 +91,7 @@ class CdfQuantizer(Quantizer):
     def quantize(self, x: Tensor) -> Tensor:
         """On the levels."""
         y, through = _precise(x), self.through and self.measured()
-        if self.through and not self.fused:
+        if not self.fused:
             mean, std = self.statistics(y)
             reach = self.alpha * std if self.relative else self.alpha
             return _value(round_ste(self.place(y, mean, self.spread(std), reach)), reach, self.qmax).to(x.dtype)
@@ -157,6 +161,10 @@ class RunningCdfQuantizer(CdfQuantizer):
         """The domains."""
         return (None if self.domains == 1 else self.scope.domain), self.domains
 
+    def over_ranks(self) -> bool:
+        """While training."""
+        return self.training
+
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The batch's while training, else the averages."""
         self._rank = x.ndim
@@ -169,7 +177,7 @@ class RunningCdfQuantizer(CdfQuantizer):
 
     def _measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of each domain's part of the batch; NaN of one that is absent."""
-        return normal_fit(x, *self.groups(), together=self.training)
+        return normal_fit(x, *self.groups(), together=self.over_ranks())
 
     def _of_samples(self, values: Tensor, rank: int) -> Tensor:
         """Each sample's own value, [B, 1, ..]; a scalar with one domain."""
@@ -196,7 +204,7 @@ class _Projection(torch.autograd.Function):
     ) -> Tensor:
         out = _value(_place(x, mean, spread, how.qmax).round_(), reach, how.qmax)
         ctx.save_for_backward(x, mean, std, spread, reach, out if through and how.relative else None)
-        ctx.how, ctx.groups = how, how.groups() if through else None
+        ctx.how, ctx.groups = how, (*how.groups(), how.over_ranks()) if through else None
         return out
 
     @staticmethod
@@ -222,6 +230,7 @@ def _through_statistics(
     out: Tensor | None,
     group: Tensor | None,
     groups: int,
+    together: bool,
 ) -> Tensor:
     """The gradient of x with what comes through its mean and its unbiased deviation.
 
@@ -240,7 +249,7 @@ def _through_statistics(
             [-_rows(direct, apart).sum(1), deviation, torch.full_like(deviation, x.numel() / len(deviation))], 1
         ),
     )
-    of_mean, of_std, count = ranks.sum_(sums).unbind(1)
+    of_mean, of_std, count = (ranks.sum_(sums) if together else sums).unbind(1)
 
     def of_samples(values: Tensor) -> Tensor:
         return values[0] if group is None else values[group].view(-1, *(1,) * (x.ndim - 1))

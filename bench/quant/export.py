@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..site import Site
 from .layer import QuantLayer, apply_layer, quant_layers, swap
-from .levels import Levels, read_levels
+from .levels import Levels, read_levels, switching_points
 from .quantizer import Quantizer
 
 UINT4, INT4 = 21, 22  # numbers of the types in ONNX, which torch has no arithmetic for
@@ -262,34 +262,18 @@ def _rounds(thresholds: Tensor, numbers: Tensor, unit: float) -> bool:
 
 
 def find_thresholds(quantizer: Quantizer, lowest: int, highest: int) -> Tensor:
-    """The smallest float32 of each code but the lowest, as float64 [highest - lowest], exact: found by bisection on `encode`.
+    """The smallest float32 of each code but the lowest, as float64 [highest - lowest], exact.
 
     Raises:
         ValueError: The codes do not rise with the input.
     """
     codes = torch.arange(lowest + 1, highest + 1)
-    low, high = _ordinal(torch.full(codes.shape, -HUGE)), _ordinal(torch.full(codes.shape, HUGE))
-    while bool((high - low > 1).any()):
-        middle = (low + high) // 2
-        reached = quantizer.encode(_from_ordinal(middle))[0] >= codes
-        low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
-    found = _from_ordinal(high)
+    found = switching_points(lambda x: quantizer.encode(x[0])[0][None], codes)[0]
     if not torch.equal(quantizer.encode(found)[0].long(), codes):
         raise ValueError(
             f"{type(quantizer).__name__} does not give every code from {lowest} to {highest} in rising order"
         )
     return found.double()
-
-
-def _ordinal(x: Tensor) -> Tensor:
-    """The place of a float32 among all float32 numbers, int64: neighbours differ by one."""
-    bits = x.view(torch.int32).long()
-    return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
-
-
-def _from_ordinal(n: Tensor) -> Tensor:
-    bits = torch.where(n < 0, -n | 0x80000000, n)
-    return torch.where(bits >= 2**31, bits - 2**32, bits).to(torch.int32).view(torch.float32)
 
 
 def _op(

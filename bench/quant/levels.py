@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,30 @@ ROUNDING = (
     2.0**-22
 )  # how far a float32 value may be from the grid, relative to the largest: two roundings, and the fit's own
 CHUNK = 2**11
+
+
+def switching_points(code: Callable[[Tensor], Tensor], wanted: Tensor, rows: int = 1) -> Tensor:
+    """The least float32 that has each of the wanted codes, [rows, n]: exact, by bisection over the floats themselves.
+
+    Args:
+        code: Maps float32 [rows, n] to codes, row by row, and rises.
+        wanted: [n], ascending.
+        rows: How many grids.
+    """
+
+    def as_float(
+        order: Tensor,
+    ) -> Tensor:  # 0, 1, 2, ... are the floats from 0 upwards, -1, -2, ... those from -0 downwards
+        bits = torch.where(order >= 0, order, (-(order + 1)) | -(2**31))
+        return bits.int().view(torch.float32)
+
+    low = torch.full((rows, len(wanted)), -(2**31) + 2**23, device=wanted.device)  # below: NaN
+    high = torch.full_like(low, 2**31 - 2**23)
+    while bool((high - low > 1).any()):
+        middle = (low + high).div(2, rounding_mode="floor")
+        reached = code(as_float(middle)) >= wanted
+        low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
+    return as_float(high)
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,9 @@ class Quantizer(nn.Module):
     """What shares one grid: the whole tensor, each channel (dimension 0 of a weight, 1 of an input), each sample, or each
     domain of the batch. Within it a code has one value, so there are at most ``2**bits`` values; the audit checks both."""
 
+    by_sample: bool = False
+    """Whether in use a sample's thresholds depend on what is known of it besides the input; there is no integer form then."""
+
     random: bool = False
     """Whether in training one input may be quantized in two ways; what was used is then kept, and not made again by `redo`."""
     of: Literal["weight", "input"] = "weight"

@@ -7,7 +7,7 @@ from qatbench.bench.errors import UserError
 from qatbench.bench.quant import CdfQuantizer, quant_layers
 from qatbench.bench.testing import MethodContract, ready
 from qatbench.methods.emaq_lt import ConditionalInput
-from tails import TAIL, losses_of, some_logits, tailed
+from tails import losses_of, some_logits, tailed
 from torch.nn import functional as F
 
 
@@ -31,9 +31,10 @@ def test_climbq_s_is_the_code_s() -> None:
     """Training and use would differ: the code's s is about 2 in both, since it divides a class's share by the batch's sum."""
     quantizer = dict(quant_layers(tailed("climbq").net))["head"].act_quantizer
     labels = torch.tensor([0, 0, 1, 3])
-    quantizer.scope.labels, share = labels, torch.tensor(TAIL)[labels] / sum(TAIL)
+    quantizer.scope.labels, share = labels, F.one_hot(labels, 4).float().mean(0)[labels]
     quantizer.statistics(torch.randn(4, 5))
     expected = 2 - share / share.sum()
+    torch.testing.assert_close(expected, 2 - torch.tensor([2, 2, 1, 1]) / 6)
     torch.testing.assert_close(quantizer.train().spread(torch.tensor(3.0)).flatten(), 3 * expected)
     assert float(quantizer.eval().spread(torch.tensor(3.0))) == 6
 

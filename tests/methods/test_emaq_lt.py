@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from qatbench.bench.chain import build
 from qatbench.bench.data import Batch
 from qatbench.bench.errors import RunFailed
+from qatbench.bench.export import NoIntegerForm, export_method
 from qatbench.bench.longtail import tail_counts
 from qatbench.bench.method import Method, Run
 from qatbench.bench.quant import CdfQuantizer, RunningCdfQuantizer, Scope, quant_layers
@@ -244,6 +245,8 @@ def test_emaq_lt_4_the_spec_s_numbers() -> None:
     assert class_weights(d, (5000, 25, 9), 0.999, "paper").tolist() == pytest.approx([2.0e-4, 0.040, 1], rel=0.01)
     assert float(class_weights(torch.ones(1), (10**6,), 0.8, "paper")) == pytest.approx(0.2)  # Fig. 8
     inside = class_weights(torch.zeros(4), TAIL, 0.999, "normalised")
+    just_outside = class_weights(torch.tensor([0.01, 0, 0.5, 0]), TAIL, 0.999, "normalised")
+    torch.testing.assert_close(just_outside, inside)  # the formula itself would make the first class the heaviest
     torch.testing.assert_close(inside, class_balanced(TAIL, 0.999))
     torch.testing.assert_close(inside, class_weights(torch.tensor([9.0, 0, 3, 1]), TAIL, 0.999, "cb"))
 
@@ -305,7 +308,7 @@ def test_emaq_lt_5_post_hoc() -> None:
     assert Loop(method, data).epoch(batches) == Loop(plain, data).epoch(batches)
     f, log_n = logits(plain, plain.net, method.probe), torch.tensor(method.task.class_counts).log()
     lse = f.logsumexp(1, keepdim=True)
-    assert float(method.lse) != 1
+    assert 0 < float(method.lse) < 100
     torch.testing.assert_close(logits(method, method.net, method.probe), f - lse / method.lse * log_n)
     twice = tailed("emaq-lt", coarse=True, params={"emaq-lt": {"cla": "posthoc_classwise", "kappa": 0.5}})
     none = tailed("emaq-lt", coarse=True, params={"emaq-lt": {"cla": "none"}})
@@ -424,18 +427,38 @@ def test_predicted_s_is_that_of_the_first_pass() -> None:
 def test_the_mismatch_of_training_and_use_is_told(caplog: pytest.LogCaptureFixture) -> None:
     """Nobody would see that the network is used with another s than in training; or it would be told where there is none."""
     caplog.set_level(logging.INFO, logger="qatbench")
-    for params, told in (({}, True), ({"conditional": False}, False)):
-        method, data = ready("emaq-lt", params={"emaq-lt": params})
+    told: dict[str, float] = {}
+    cases = {
+        "default": ("emaq-lt", {}),
+        "expected": ("emaq-lt", {"s_eval": "expected"}),
+        "predicted": ("emaq-lt", {"s_eval": "predicted"}),
+        "one s": ("emaq-lt", {"conditional": False}),
+        "climbq": ("climbq", {}),
+    }
+    for case, (name, params) in cases.items():
+        method, data = ready(name, params={name: params})
+        with_scale(method)
         loop = Loop(method, data)
         method.train()
         before = state(method)
         caplog.clear()
         method.validated(loop.run, {})
         found = [r.getMessage() for r in caplog.records if "codes of activations differ" in r.getMessage()]
-        assert len(found) == told
-        assert all(float(text.split(" by ")[1].split()[0]) > 0 for text in found)
+        assert len(found) == (case != "one s")
+        if found:
+            told[case] = float(found[0].split(" by ")[1].split()[0])
+        assert not any(m.as_trained for m in method.net.modules() if isinstance(m, Conditional))
         assert same(before, state(method)) == []
         assert all(module.training for module in method.net.modules())
+    assert 0 < told["climbq"] < 0.5 * told["default"]  # its s is about 2 in training, too
+    assert 0 < told["predicted"] != told["expected"] < told["default"]
+
+
+def test_predicted_s_has_no_integer_form() -> None:
+    """The file would hold the first pass alone, and be another method."""
+    method, data = ready("emaq-lt", params={"emaq-lt": {"s_eval": "predicted"}}, domains=1)
+    with pytest.raises(NoIntegerForm, match="other thresholds for each image"):
+        export_method(method, all_train(data).x)
 
 
 # --- class statistics
@@ -611,9 +634,9 @@ SETTINGS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("params", SETTINGS)
 def test_every_setting_trains_and_makes_a_difference(params: dict[str, Any]) -> None:
-    """A setting of the suites would crash, or do nothing."""
+    """A setting of the suites would crash, or do nothing; of two settings, the second beside the first."""
     found: list[Tensor] = []
-    for given_params in (params, {}):
+    for given_params in (params, dict(list(params.items())[:-1])):
         method, data = ready("emaq-lt", params={"emaq-lt": given_params})
         uneven = [
             batch.select((batch.y > 0) | (torch.arange(len(batch)) < 6)) for batch in list(data.train_dataloader())[:3]
