@@ -43,6 +43,7 @@ from .fit import (
     test,
     validate,
 )
+from .memory import keep_freed
 from .method import Method
 from .quant import audit, cost
 from .registry import ROOT, find
@@ -128,6 +129,7 @@ def _attempt(
     try:
         log.info("run %s: %s", resolved.run_id, spec.label)
         torch.set_num_threads(spec.threads)
+        keep_freed()
         place = pick_device(device)
         float_folder = train_float(resolved, store, data_root=data_root, device=device, progress=progress)
         session = _Session(resolved, store, place, folder, data_root, progress, tracker)
@@ -175,6 +177,7 @@ def train_float(
             resolved.float_spec, resolved.float_id, resolved.float_id, resolved.code, resolved.data_hash, None
         )
         torch.set_num_threads(resolved.spec.threads)
+        keep_freed()
         session = _Session(float_run, store, pick_device(device), folder, data_root, progress, None)
         result = session.measure(None)
         save(folder / "net.pt", {k: v.cpu() for k, v in session.method.net.state_dict().items()})

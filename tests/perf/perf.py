@@ -525,6 +525,34 @@ def memory() -> list[Figure]:
     return [Figure(f"peak memory, resnet8 on {name}", peaks, "GB", 1.5)]
 
 
+_STEPS = """
+import sys, time, torch
+from torch.nn import functional as F
+from qatbench.bench.memory import keep_freed
+from qatbench.bench.registry import find
+torch.set_num_threads(1)
+if sys.argv[1] == "keep": keep_freed()
+net = find("networks", "resnet8")(3, 10).to(memory_format=torch.channels_last)
+x, y = torch.randn(128, 3, 32, 32).contiguous(memory_format=torch.channels_last), torch.randint(10, (128,))
+for step in range(13):
+    if step == 3: begin = time.process_time()
+    net.zero_grad(set_to_none=True)
+    F.cross_entropy(net(x), y).backward()
+print(time.process_time() - begin)
+"""
+
+
+def kept_memory() -> list[Figure]:
+    """What a step costs, user and kernel together, if freed memory is kept for the next one (`bench.memory`)."""
+
+    def steps(how: str) -> float:
+        command = [sys.executable, "-c", _STEPS, how]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    ratios = in_turn(lambda: steps("keep"), lambda: steps("not"), 5)
+    return [Figure("float resnet8 step, freed memory kept / handed back", ratios, "", 1.0)]
+
+
 def preparing() -> list[Figure]:
     """Decoding real data sets into an empty store, and opening them again, without the start of Python and torch."""
     from qatbench.bench.data import open_data
@@ -630,7 +658,7 @@ def export_latency() -> list[Figure]:
 
 ALL = (
     help_answers, lsq_step, method_steps, training_steps, training_memory, brevitas_step, planning, export_latency, harness_step,
-    augmentation, pipeline, preparing, sharing, workers, memory, quickstart,
+    augmentation, pipeline, preparing, sharing, workers, kept_memory, memory, quickstart,
 )  # fmt: skip
 
 
