@@ -339,7 +339,7 @@ def probe_(
     """Measure how flat the minima of finished runs are, note it beside their records, and draw them in one figure.
 
     The quantized network's loss on training images, along random directions that are as long, filter by filter, as the weights;
-    and the largest eigenvalue of its Hessian, from differences of straight-through gradients.
+    and its Hessian's eigenvalue of the largest size, which may be negative, from differences of straight-through gradients.
     """
     from .bench.flatness import Settings, probe_run
     from .bench.spec import validated
@@ -749,7 +749,7 @@ def _show_probes(found: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from .reports.flatness import eigenvalue
+    from .reports.flatness import SURROGATE, eigenvalue
 
     shown = (0.1, 0.5)
     table = Table("run", "method", "bits", box=None, pad_edge=False, header_style="bold")
@@ -765,6 +765,8 @@ def _show_probes(found: list[dict[str, Any]]) -> None:
     Console().print(table)
     if not all(probe["converged"] for probe in found):
         print("~: the power iteration has not converged; try more --iterations")
+    if any(probe["surrogate"] for probe in found):
+        print(SURROGATE)
 
 
 def _show(record: dict[str, Any], store: Any, again: bool) -> None:

@@ -1,7 +1,9 @@
-"""How flat the minimum of a finished run is: its loss along random directions, and the largest curvature.
+"""How flat the minimum of a finished run is: its loss along random directions, and the curvature of the largest size.
 
 Both are of the network as it is used, with its quantizers, on training images without augmentation. What is moved are the latent
-weights of all layers; biases, norms and the quantizers' own parameters stay where they are.
+weights of all layers; biases, norms and the quantizers' own parameters stay where they are. The loss can be compared across
+methods. The curvature is that of the gradients that the method trains with: where a quantizer has not the straight-through one but
+a surrogate of its own (`has_surrogate`), it tells of the surrogate, too, and can be compared within the method alone.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from .data import Batch
 from .errors import UserError
 from .method import Method
-from .quant import quant_layers
+from .quant import Quantizer, quant_layers
 from .runner import load_run
 from .seeds import seed_for
 from .spec import Frozen
@@ -33,7 +35,7 @@ REACH = 2e-3  # of a finite difference, see `top_eigenvalue`
 CONVERGED = 0.2  # the largest residual of a power iteration that is taken for converged
 CHUNK = 128  # images a pass
 FILE = "flatness.json"
-VERSION = 1  # goes up when the numbers move; what was measured before is then measured again
+VERSION = 2  # goes up when the numbers move; what was measured before is then measured again
 
 Weights = Mapping[str, Tensor]
 
@@ -41,7 +43,9 @@ Weights = Mapping[str, Tensor]
 class Settings(Frozen):
     """What a probe measures. The same settings give the same numbers."""
 
-    images: int = Field(512, ge=1, le=1_000_000, description="training images, the same share of each domain")
+    images: int = Field(
+        512, ge=1, le=1_000_000, description="training images, the same share of each domain; at most all there are"
+    )
     directions: int = Field(10, ge=1, le=1000, description="random directions")
     iterations: int = Field(15, ge=1, le=1000, description="of the power iteration")
     seed: int = Field(0, ge=0, lt=2**31, description="draws the directions")
@@ -228,16 +232,26 @@ class Landscape:
 
     @torch.no_grad()
     def crossed(self, step: Eigenvalue) -> float | None:
-        """The share of the quantized weights with other values at the two ends of the last difference; None in a float network."""
+        """The share of the quantized weights with other codes at the two ends of the last difference; None in a float network.
+
+        Codes, not values: where a grid follows the weights, every value moves with it.
+        """
         sides = []
         with moved(self.weights) as start:
             for eps in (step.eps, -step.eps):
                 _put(self.weights, start, step.vector, eps)
                 layers = [layer for _, layer in quant_layers(self.method.net)]
-                sides.append([q(layer.weight) for layer in layers if (q := layer.weight_quantizer) is not None])
+                found = [q.encode(layer.weight)[0] for layer in layers if (q := layer.weight_quantizer) is not None]
+                sides.append(found)
         if not sides[0]:
             return None
         return sum(int((a != b).sum()) for a, b in zip(*sides, strict=True)) / sum(a.numel() for a in sides[0])
+
+
+def has_surrogate(net: nn.Module) -> bool:
+    """Whether a quantizer of the network says that its gradient is a surrogate, as `CdfQuantizer` does."""
+    quantizers = [m for m in net.modules() if isinstance(m, Quantizer)]
+    return any(getattr(q, flag, None) is True for q in quantizers for flag in ("surrogate", "unit"))
 
 
 def probe(method: Method, batch: Batch, settings: Settings) -> dict[str, Any]:
@@ -270,6 +284,7 @@ def probe(method: Method, batch: Batch, settings: Settings) -> dict[str, Any]:
         "converged": top.residual <= CONVERGED,
         "eps": top.eps,
         "crossed": place.crossed(top),
+        "surrogate": has_surrogate(method.net),
     }
 
 
@@ -294,8 +309,9 @@ def probe_run(store: Store, run_id: str, settings: Settings, *, data_root: Path 
         What the file holds: ``settings``; what names the run (``run_id``, ``method``, ``bits``, ``network``, ``data``,
         ``protocol``, ``seed``), and ``acc``, its test accuracy; ``loss`` (nats, on ``images`` training images); ``rise``: for each
         of the settings' radii the ``mean``, ``sd``, ``min`` and ``max``, over directions, of how much the loss rises;
-        ``eigenvalue``, with ``residual`` and ``eps`` (see `Eigenvalue`), whether the iteration has ``converged``, and ``crossed``
-        (see `Landscape.crossed`).
+        ``eigenvalue``, the largest in size, which may be negative, with ``residual`` and ``eps`` (see `Eigenvalue`), whether the
+        iteration has ``converged``, and ``crossed`` (see `Landscape.crossed`); ``surrogate``: whether the eigenvalue is of a
+        surrogate gradient (see `has_surrogate`).
 
     Raises:
         UserError: There is no such run, it is not done, it cannot be rebuilt here, or its loss is not finite.
@@ -308,7 +324,8 @@ def probe_run(store: Store, run_id: str, settings: Settings, *, data_root: Path 
     run = load_run(store, run_id, data_root=data_root)
     spec = run.record["spec"]
     try:
-        measured = probe(run.method, run.data.probe(settings.images), settings)
+        images = min(settings.images, sum(len(run.data.splits[domain].train) for domain in run.data.protocol.train))
+        measured = probe(run.method, run.data.probe(images), settings)
     except UserError as error:
         raise UserError(f"run {run_id}: {error}") from None
     named = {key: spec[key] for key in ("method", "bits", "network", "data", "protocol", "seed")}
@@ -334,6 +351,7 @@ __all__ = [
     "Landscape",
     "Settings",
     "directions",
+    "has_surrogate",
     "hessian_vector",
     "loss_along",
     "moved",

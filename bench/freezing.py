@@ -78,13 +78,23 @@ class FreezingParams(Frozen):
     window: int = Field(100, ge=2, description="K: steps that disorder is measured over")
     refresh: Refresh = Field("step", description="when it is decided what is frozen: after each step, or each window")
     unfreeze: Literal["reeval", "duty", "never"] = Field(
-        "reeval", description="duty: K steps frozen, then K free; never: frozen for good, whatever release says"
+        "reeval",
+        description="reeval: decided anew each time; duty: K steps frozen, then K free; never: frozen for good",
     )
     high: float = Field(0.6, ge=0, le=1, description="threshold of the rule high")
     low: float = Field(0.3, ge=0, le=1, description="threshold of the rule low")
     warmup: float = Field(0.03, ge=0, le=1, description="share of training without freezing, but 2K steps at least")
     cap: float = Field(0.5, ge=0, le=1, description="share of units that is frozen at most")
-    release: int = Field(5, ge=0, description="windows in a row after which a unit is free for one; 0: never")
+    release: int = Field(5, ge=0, description="windows frozen in a row before a free one, for reeval alone; 0: no end")
+
+    @model_validator(mode="after")
+    def _has_thresholds(self) -> Self:
+        if self.signal == "boundary" and self.rule in ("high", "low"):
+            raise ValueError(
+                f"rule {self.rule} has a threshold for the disorder of gradients, and signal boundary watches weights, "
+                "whose score is 1 / bits at most; use rule top"
+            )
+        return self
 
     @model_validator(mode="after")
     def _falls(self) -> Self:
@@ -99,6 +109,15 @@ class FreezingParams(Frozen):
         auto = "constant" if self.target == "layer" else "cosine"
         return auto if self.schedule == "auto" else self.schedule
 
+    def first(self, steps: int) -> int:
+        """The first step, from 0, in which anything may be frozen, of a run of ``steps``."""
+        earliest = max(2 * self.window, math.ceil(self.warmup * steps))
+        return earliest if self.refresh == "step" else math.ceil(earliest / self.window) * self.window
+
+    def share(self, done: float) -> float:
+        """The share of units that ``top`` and ``random`` freeze when a share ``done`` (0 to 1) of training has passed."""
+        return share_frozen(self.kind(), done, self.fraction_start, self.fraction)
+
 
 class Freezing(nn.Module):
     """The gradient disorder of every unit (a layer, or a scale), and which units are frozen; all of it in buffers.
@@ -107,6 +126,8 @@ class Freezing(nn.Module):
     steps between which its gradient changed sign; from 0 or to 0 is no change. A source's is the mean of its elements', a unit's of
     its sources'. It is the mean over the window of K steps under way (``refresh="window"``), or a moving average at the rate 1/K
     that starts as a plain mean (``refresh="step"``).
+
+    A unit that showed no two successive signs in the last K steps, since its gradients were 0, has no disorder and is not chosen.
 
     Args:
         source: int64 [M], the source of each watched element.
@@ -126,6 +147,9 @@ class Freezing(nn.Module):
     rest: Tensor
     disorder: Tensor
     """Float [U], 0 to 1."""
+    settled: Tensor
+    """Float [U]: the disorder of the last window that is complete, or the moving average as it is."""
+    unheard: Tensor
     crossed: Tensor
     """Float [U]: how often task and flatness gradient have opposite signs (cross-disorder)."""
     frozen: Tensor
@@ -141,6 +165,8 @@ class Freezing(nn.Module):
         self.register_buffer("net", torch.zeros(len(source)))  # mean of g1 + g2
         self.register_buffer("gross", torch.zeros(len(source)))  # mean of |g1| + |g2|
         self.register_buffer("disorder", torch.full((units,), 0.5))
+        self.register_buffer("settled", torch.full((units,), 0.5))
+        self.register_buffer("unheard", torch.zeros(units, dtype=torch.int64))  # steps since two successive signs
         self.register_buffer("crossed", torch.zeros(units))
         self.register_buffer("frozen", torch.zeros(units, dtype=torch.bool))
         self.register_buffer("held", torch.zeros(units, dtype=torch.int64))  # steps in a row that it was frozen
@@ -163,9 +189,14 @@ class Freezing(nn.Module):
         pairs = step % window if self.params.refresh == "window" else min(step, window)  # of successive steps
         if self.params.signal != "boundary":
             signs = {"mean": mean, "task": task, "flat": flat}[self.params.signal].sign().to(torch.int8)
+            self.unheard.add_(1)
             if pairs:
-                self.disorder.lerp_(self.share(self.signs * signs < 0), 1 / pairs)
+                both = self.signs * signs
+                self.disorder.lerp_(self.share(both < 0), 1 / pairs)
+                self.unheard.masked_fill_(self.share(both != 0) > 0, 0)
             self.signs.copy_(signs)
+            if self.params.refresh == "step" or pairs == window - 1:
+                self.settled.copy_(self.disorder)
         rate = 1 / min(pairs + 1, window)
         self.crossed.lerp_(self.share(task.sign() * flat.sign() < 0), rate)
         self.net.lerp_(task + flat, rate)
@@ -175,13 +206,27 @@ class Freezing(nn.Module):
         """Float [M]: ``|sum(g1 + g2)| / sum(|g1| + |g2|)``; near 0 where two steady gradients hold each other."""
         return self.net.abs() / self.gross.clamp(min=torch.finfo(torch.float32).tiny)
 
-    def deviation(self) -> Tensor:
-        """Float [U]: ``(disorder - 1/2) * 2 sqrt(K - 1)``, in standard deviations of what coin flips would give."""
-        return (self.disorder - 0.5) * (2 * math.sqrt(self.params.window - 1))
+    def deviation(self, step: int) -> Tensor | None:
+        """Float [U]: ``(settled - 1/2) * 2 sqrt(n)``, in standard deviations of what coin flips would give one element.
 
-    def first(self, steps: int) -> int:
-        """The first step, from 0, in which anything may be frozen."""
-        return max(2 * self.params.window, math.ceil(self.params.warmup * steps))
+        n is how many flips have a plain mean of this spread: K - 1 in a window. The moving average's variance, ``1 / 4K`` after the
+        K flips of its plain mean, goes on as ``v <- (1 - 1/K)^2 v + 1 / 4K^2`` and comes to rest at ``n = 2K - 1``.
+
+        Args:
+            step: The step that was made, from 0.
+
+        Returns:
+            None where there is nothing to tell: before the first window is complete, and of weights.
+        """
+        n, K = step, self.params.window  # noqa: N806
+        if self.params.signal == "boundary" or step < (K - 1 if self.params.refresh == "window" else 1):
+            return None
+        if self.params.refresh == "window":
+            n = K - 1
+        elif step > K:
+            rest = 1 / (2 * K - 1)
+            n = 1 / (rest + (1 / K - rest) * (1 - 1 / K) ** (2 * (step - K)))
+        return (self.settled - 0.5) * (2 * math.sqrt(n))
 
     def refresh(self, step: int, steps: int) -> None:
         """Decide, after a step, what is frozen in the next one.
@@ -193,22 +238,22 @@ class Freezing(nn.Module):
         params, window, done = self.params, self.params.window, step + 1
         self.held.add_(1).mul_(self.frozen)
         self.rest.sub_(1).clamp_(min=0)
-        if done < self.first(steps) or not self.units or (params.refresh == "window" and done % window):
+        if done < params.first(steps) or not self.units or (params.refresh == "window" and done % window):
             return
         longest = {"duty": window, "never": 0, "reeval": params.release * window}[params.unfreeze]
         if longest:
             self.rest.masked_fill_(self.frozen & (self.held >= longest), window)
         free = self.rest == 0
         kept = self.frozen & free if params.unfreeze != "reeval" else torch.zeros_like(free)
-        share = share_frozen(params.kind(), done / steps, params.fraction_start, params.fraction)
-        mask, score = frozen_by(
+        out = ~free | (self.unheard >= window)
+        mask, score = frozen_by(  # what is kept comes first, so that top and random count it
             params.rule,
-            self.disorder.masked_fill(~free, -1.0),
+            self.disorder.masked_fill(out, -1.0).masked_fill(kept, math.inf),
             params.low if params.rule == "low" else params.high,
-            how_many(share, self.units),
-            self._draw(done // window).masked_fill(~free, -1.0),
+            how_many(params.share(done / steps), self.units),
+            self._draw(done // window).masked_fill(out, -1.0).masked_fill(kept, math.inf),
         )
-        wanted, score = (mask & free) | kept, score.masked_fill(kept, math.inf)
+        wanted, score = (mask & ~out) | kept, score.masked_fill(kept, math.inf)
         self.frozen.copy_(capped(wanted, score, how_many(params.cap, self.units)))
 
     def _draw(self, window: int) -> Tensor:

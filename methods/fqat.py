@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..bench.errors import RunFailed
-from ..bench.freezing import Freezing, FreezingParams
+from ..bench.freezing import Freezing, FreezingParams, how_many
 from ..bench.method import Method, Run, Stage
 from ..bench.quant import Quantizer, QuantLayer, quant_layers
 from ..bench.quant.quantizer import step_of
@@ -77,11 +78,21 @@ class FQAT(SAGM):
     quantizer where all scales are watched, else all of a layer's. Parameters outside a quantized layer and its norm never freeze.
     ``alternate`` (g1 for K steps, g2 for K steps) freezes nothing, and has no warm-up.
 
-    Memory: one copy of the weights, as `SAGM`, and nine bytes for each watched element; with ``target="flat_only"`` a second
-    gradient of the frozen layers besides.
+    ``top``, ``random`` and ``all`` freeze ``cap`` of the units at most, so ``all`` means up to half of them by default.
+
+    Departures from what is known of the paper's runs: they have LSQ with a step for each output channel of a weight, its gradient's
+    scale by the size of the whole tensor, and an input's step from 1.0 on; here any method's quantizers train as they do without
+    FQAT. RFQuant's own quantizer (``lsq_rfq``), its optimizer for the scales alone (``scale_opt``) and a start in float
+    (``fp_warmup_steps``) are not offered.
+
+    Memory: one copy of the weights, as `SAGM`; for each watched element 17 bytes, and where it is a weight 8 more for each of its
+    dimensions; with ``target="flat_only"`` a second gradient of the frozen layers besides.
     """
 
     name = "fqat"
+    version = (
+        2  # 2: never more than the share; layers without gradients are not chosen; freeze_bn with whole layers only
+    )
     paper = (
         "Jiang et al., Quantization meets OOD: generalizable quantization-aware training from a flatness perspective, "
         "ACM MM 2025, arXiv 2509.00859"
@@ -94,7 +105,9 @@ class FQAT(SAGM):
         on: On = Field(
             "weight_scales", description="what of a layer is watched; its weights where it has no such scales"
         )
-        freeze_bn: bool = Field(False, description="whether a frozen layer's running statistics stand still, too")
+        freeze_bn: bool = Field(
+            False, description="whether a frozen layer's running statistics stand still, too; for target=layer"
+        )
 
     test_params = {"window": 2, "fraction": 0.4, "release": 1, "freeze_bn": True}  # noqa: RUF012
 
@@ -149,18 +162,38 @@ class FQAT(SAGM):
 
     def start(self, run: Run, stage: Stage) -> None:
         """Say so if nothing will be frozen."""
-        now, steps, window = self.freezing, self.scope.steps, self.params.window
-        if self.scope.step or self.params.rule in ("alternate", "none"):
+        units, steps, params = self.freezing.units, self.scope.steps, self.params
+        if self.scope.step or params.rule in ("alternate", "none"):
             return
-        if not now.units:
+        if not units:
             log.warning("%s: there are no learned scales, so nothing is ever frozen: this is sagm", self.name)
-        elif now.first(steps) >= steps:
-            fits = (steps - 1) // 2
-            mend = f"{self.name}.window={fits} or less would do" if 2 <= fits < window else "train for longer"
+            return
+        first = params.first(steps)
+        if first >= steps:
             log.warning(
-                "%s: freezing never starts: it waits for %d steps (window=%d) and the run has %d; %s",
-                self.name, now.first(steps), window, steps, mend,
+                "%s: freezing never starts: it waits for %d steps (window=%d, warmup=%g) and the run has %d; %s",
+                self.name, first, params.window, params.warmup, steps, self._sooner(steps),
             )  # fmt: skip
+            return
+        shares = {"cap": params.cap}
+        if params.rule in ("top", "random"):
+            shares["fraction"] = params.share(first / steps)  # it never grows
+        for name, share in shares.items():
+            if not how_many(share, units):
+                log.warning(
+                    "%s: nothing is ever frozen: %g of %d units are less than one; %s.%s=%.2g would do",
+                    self.name, share, units, self.name, name, math.ceil(100 / units) / 100,
+                )  # fmt: skip
+
+    def _sooner(self, steps: int) -> str:
+        """Which settings would let freezing start in a run of so many steps."""
+        longest = min(self.params.window, (steps - 1) // 2)
+        if longest < 2:
+            return "train for longer"
+        mend = [] if longest == self.params.window else [f"{self.name}.window={longest} or less would do"]
+        if self.params.model_copy(update={"window": longest}).first(steps) >= steps:
+            mend.append(f"lower {self.name}.warmup{' besides' if mend else ''}")
+        return "; ".join(mend)
 
     # --- train ---------------------------------------------------------------------------------------------------------------
 
@@ -170,7 +203,8 @@ class FQAT(SAGM):
             self._alternate(run)
             return
         frozen = [self.parts[u] for u in self.freezing.frozen.nonzero().flatten().tolist()]
-        norms = [unit.norm for unit in frozen if unit.norm is not None] if self.params.freeze_bn else []
+        still = self.params.freeze_bn and self.params.target == "layer"  # else the norm and the weights go on moving
+        norms = [unit.norm for unit in frozen if unit.norm is not None] if still else []
         statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
         run.backward()
         task, alone = self._watch(), self._second_pass(run, frozen)
@@ -227,12 +261,16 @@ class FQAT(SAGM):
             self.freezing.disorder[u] = near_boundary(unit.layer)
 
     def _report(self) -> None:
-        """One line at the end of an epoch."""
+        """One line at the end of an epoch; z in standard deviations of coin flips, where it is known."""
         now, scope = self.freezing, self.scope
         if not now.units or (scope.step + 1) % max(scope.steps // max(scope.epochs, 1), 1):
             return
-        values = [*now.disorder.aminmax(), *now.deviation().aminmax(), now.crossed.mean(), now.stall().mean()]
+        z = now.deviation(scope.step)
+        disorder = now.disorder if z is None else now.settled
+        values = [now.crossed.mean(), now.stall().mean(), *disorder.aminmax(), *(() if z is None else z.aminmax())]
+        crossed, stall, low, high, *ends = torch.stack(values).tolist()
         log.info(
-            "%s: disorder %.3f to %.3f (z %.1f to %.1f), cross-disorder %.3f, stall index %.3f, frozen %d of %d",
-            self.name, *torch.stack(values).tolist(), int(now.frozen.sum()), now.units,
+            "%s: disorder %.3f to %.3f%s, cross-disorder %.3f, stall index %.3f, frozen %d of %d",
+            self.name, low, high, " (z {:.1f} to {:.1f})".format(*ends) if ends else "", crossed, stall,
+            int(now.frozen.sum()), now.units,
         )  # fmt: skip

@@ -15,12 +15,14 @@ class GAQAT(FQAT):
     and scales whose disorder is below a threshold are moved by the flatness gradient g2 alone for the next K steps. Low disorder is
     the symptom, since a scale between two optima has gradients of steady and opposite sign. Recovered from public reviews: this
     rule, that it is decided anew each window, and a variant that never unfreezes (``unfreeze="never"``). Not recovered: the
-    threshold, K and the equations. ``unfreeze="duty"`` is ours: else a scale at its flat optimum stays frozen.
+    threshold, K and the equations. ``unfreeze="duty"`` is ours: else a scale at its flat optimum stays frozen. As in the rule, all
+    scales below the threshold are frozen, however many, for as long as they are: FQAT's ``cap`` and ``release`` are off.
 
     A method without learned scales gives it nothing to freeze: it is then `SAGM`, and the run's log says so.
     """
 
     name = "gaqat"
+    version = 2  # 2: no cap and no release
     paper = (
         "Jiang et al., Gradient-adaptive quantization-aware training for domain generalization, 2024, arXiv 2412.05551"
     )
@@ -33,5 +35,7 @@ class GAQAT(FQAT):
         rule: Rule = Field("low", description="what is frozen, by disorder; see fqat")
         target: Target = Field("scale_task_grad", description="what of it is frozen; see fqat")
         refresh: Refresh = Field("window", description="when it is decided what is frozen; see fqat")
+        cap: float = Field(1.0, ge=0, le=1, description="share of scales that is frozen at most")
+        release: int = Field(0, ge=0, description="windows frozen in a row before a free one; 0: no end; see fqat")
 
-    test_params = {"window": 2, "low": 0.9, "release": 1}  # noqa: RUF012
+    test_params = {"window": 2, "low": 0.9}  # noqa: RUF012

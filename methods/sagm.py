@@ -24,7 +24,8 @@ class SAGM(SAM):
 
     After the public code (Wang-pengfei/SAGM), except that theta is restored from a copy and not by subtracting e, which is off by
     a rounding. The second pass adds to the gradients of the first, so this, too, takes one copy of the weights and no more. What
-    is perturbed, the guard of the steps and the logged loss are as in `SAM`.
+    is perturbed, the guard of the steps and the logged loss are as in `SAM`. ``adaptive`` is not in the paper: in e it puts
+    ``theta^2 g1`` for g1 and ``||theta g1||`` for its norm, so that alpha, too, pulls each value back in proportion to its square.
     """
 
     name = "sagm"

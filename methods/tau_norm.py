@@ -26,13 +26,18 @@ log = logging.getLogger("qatbench")
 GRID = tuple(k / 10 for k in range(21))
 
 
-@torch.no_grad()
 def row_norms(layer: nn.Linear | QuantLayer) -> Tensor:
-    """Norm of each row of the weight as the layer uses it in evaluation, float [outputs]; 1 for a row of zeros, which stays 0."""
+    """Norm of each row of the weight as the layer uses it in evaluation, float [outputs]; 1 for a row of zeros, which stays 0.
+
+    With a gradient, where one is asked for, in eval mode.
+    """
     weight = layer.weight
     if isinstance(layer, QuantLayer) and layer.weight_quantizer is not None:
-        codes, decode = layer.weight_quantizer.encode(weight)
-        weight = decode(codes)
+        if torch.is_grad_enabled():
+            weight = layer.weight_quantizer(weight)
+        else:
+            codes, decode = layer.weight_quantizer.encode(weight)
+            weight = decode(codes)
     norms = weight.float().norm(dim=1)
     return torch.where(norms > 0, norms, 1.0)
 
@@ -74,6 +79,7 @@ class TauNorm(HeadWrapper):
         self.register_buffer("bias", torch.zeros(self.task.outputs))
         self.measure(net)
 
+    @torch.no_grad()
     def measure(self, net: nn.Module) -> None:
         """Note norms and biases as they are now."""
         layer, classes = self.head_layer(net), len(self.task.classes)
@@ -119,13 +125,21 @@ class TauNorm(HeadWrapper):
         recalls = (right / images).view(len(GRID), domains, classes)  # NaN where there is no image
         return recalls.nanmean(2).nanmean(1).tolist()
 
-    def normalised(self, logits: Tensor, tau: Tensor | float) -> Tensor:
-        """``(f - b) / ||w||^tau``. ``logits``: float [B, outputs]."""
-        return (logits - self.bias) / self.norms**tau
+    def normalised(self, logits: Tensor, tau: Tensor | float, norms: Tensor | None = None) -> Tensor:
+        """``(f - b) / ||w||^tau``. ``logits``: float [B, outputs]; ``norms``: float [outputs], by default those noted last."""
+        return (logits - self.bias) / (self.norms if norms is None else norms) ** tau
 
     def predict(self, net: nn.Module, batch: Batch) -> Tensor:
         """The inner method's, normalised."""
-        return self.normalised(self.inner.predict(net, batch), self.tau)
+        return self.normalised(self.inner.predict(net, batch), self.tau, self.present_norms(net))
+
+    def present_norms(self, net: nn.Module) -> Tensor:
+        """The rows' norms as the weights are now, which a probe has moved; those noted last where the head shows no weights."""
+        layer = next((m for m in net.get_submodule(self.head).modules() if isinstance(m, nn.Linear | QuantLayer)), None)
+        if layer is None:
+            return self.norms
+        own = torch.arange(len(self.norms), device=self.norms.device) < len(self.task.classes)
+        return torch.where(own, row_norms(layer), self.norms)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How flat runs are, side by side: their loss along random directions, and the largest eigenvalue of the Hessian."""
+"""How flat runs are, side by side: their loss along random directions, and the Hessian's eigenvalue of the largest size."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Probe = dict[str, Any]  # what `bench.flatness.probe_run` returns
+SURROGATE = "*: of the method's own surrogate gradients, not comparable across methods"
 _GREY = "#5b6470"
 _LINEAR = 1e-2  # nats: smaller rises are drawn on a linear scale, since they may be negative
 
@@ -28,8 +29,8 @@ def labels(probes: Sequence[Probe]) -> list[str]:
 
 
 def eigenvalue(probe: Probe) -> str:
-    """As it is shown; ``~`` before what has not converged."""
-    return f"{'' if probe['converged'] else '~'}{probe['eigenvalue']:.3g}"
+    """As it is shown; ``~`` before what has not converged, ``*`` after what is of surrogate gradients."""
+    return f"{'' if probe['converged'] else '~'}{probe['eigenvalue']:.3g}{'*' if probe['surrogate'] else ''}"
 
 
 def flatness_figure(probes: Sequence[Probe]) -> bytes:
@@ -55,7 +56,7 @@ def flatness_figure(probes: Sequence[Probe]) -> bytes:
         _eigenvalues(right, probes, names, colours)
         for ax in (left, right):
             sns.despine(ax=ax)
-        footer = "\n".join(textwrap.wrap(_footer(probes), 210))
+        footer = "\n".join(line for part in _footer(probes) for line in textwrap.wrap(part, 210))
         figure.supxlabel(footer, x=0.01, ha="left", fontsize=7, color=_GREY)
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=160)
@@ -90,17 +91,18 @@ def _eigenvalues(ax: Axes, probes: Sequence[Probe], names: list[str], colours: S
     ax.invert_yaxis()
     ax.margins(x=0.14)
     ax.grid(visible=False, axis="y")
-    ax.set_xlabel("largest eigenvalue of the Hessian")
+    ax.set_xlabel("the Hessian's eigenvalue of the largest size (may be negative)")
     ax.set_title("steepest curvature", fontsize=11, loc="left", pad=10)
 
 
-def _footer(probes: Sequence[Probe]) -> str:
+def _footer(probes: Sequence[Probe]) -> list[str]:
     def each(key: str) -> str:
         return ", ".join(dict.fromkeys(one_line(p[key] if key in p else p["settings"][key]) for p in probes))
 
     unsure = "" if all(p["converged"] for p in probes) else " (~: not converged)"
-    return (
+    what = (
         f"{each('data')} · {each('protocol')} · {each('network')} · the networks as they are used, quantized · "
         f"{each('images')} training images, {each('directions')} filter-normalised directions, "
         f"{each('iterations')} power iterations on straight-through gradients{unsure}"
     )
+    return [what, SURROGATE] if any(p["surrogate"] for p in probes) else [what]

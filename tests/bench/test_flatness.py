@@ -26,7 +26,7 @@ from qatbench.bench.flatness import (
     top_eigenvalue,
 )
 from qatbench.bench.resolve import resolve
-from qatbench.bench.runner import run
+from qatbench.bench.runner import load_run, run
 from qatbench.bench.spec import RunSpec
 from qatbench.bench.store import Store
 from qatbench.bench.testing import all_train, ready, same, state, train
@@ -225,18 +225,35 @@ def test_eigenvalue_through_rounding_is_that_of_the_smooth_loss() -> None:
     assert found.value == pytest.approx(16.0, rel=0.1)
 
 
-def test_crossed_counts_the_weights_that_take_another_value(tmp_path: Path) -> None:
-    """One could not see whether a difference is an average over many jumps, or one of them."""
+@pytest.mark.parametrize("name", ["lsq", "dorefa", "n2uq"])
+def test_crossed_counts_the_weights_that_take_another_code(name: str) -> None:
+    """One could not see whether a difference is an average over many jumps, or one of them; or a grid would jump that slides."""
     counts = {}
     for bits in ("w2a2", "w8a8"):
-        method, data = ready("lsq", bits=bits)
+        method, data = ready(name, bits=bits)
         place = Landscape(method.eval(), data.probe(24))
         found = top_eigenvalue(place.gradient, place.weights, 2, 0, reach=0.02)
         counts[bits] = place.crossed(found)
     assert 0 < counts["w2a2"] < counts["w8a8"] < 1
+    assert counts["w2a2"] < 0.2
+
+
+def test_crossed_of_a_float_network() -> None:
+    """It would be said to have jumps."""
     method, data = ready("fp32")
     place = Landscape(method.eval(), data.probe(24))
     assert place.crossed(top_eigenvalue(place.gradient, place.weights, 1, 0)) is None
+
+
+@pytest.mark.parametrize(
+    ("chain", "surrogate"),
+    [("fp32", False), ("lsq", False), ("n2uq", False), ("alignq", False), ("emaq", True), ("crt+emaq-lt", True)],
+)
+def test_surrogate_gradients_are_told(chain: str, surrogate: bool) -> None:
+    """Curvatures of gradients that are scaled differently would be compared."""
+    method, data = ready(chain)
+    assert flatness.has_surrogate(method.net) == surrogate
+    assert probe(method.eval(), data.probe(24), QUICK)["surrogate"] == surrogate
 
 
 # Runs
@@ -303,6 +320,15 @@ def test_a_probed_run_is_not_probed_again(
     for broken in ("{", "[]", '{"version": 1}', '{"version": 0, "settings": {}}'):
         (where.path(ids["lsq"]) / "flatness.json").write_text(broken)
         assert probe_run(where, ids["lsq"], QUICK) == first
+
+
+def test_more_images_than_there_are(store: tuple[Store, dict[str, str]], squares: None) -> None:
+    """Each image would be looked at many times, for minutes, and the file say that there were so many."""
+    where, ids = store
+    found = probe_run(where, ids["fp32"], QUICK.model_copy(update={"images": 100_000}))
+    assert found["settings"]["images"] == 100_000
+    data = load_run(where, ids["fp32"], data_root=None).data
+    assert found["images"] == sum(len(data.splits[domain].train) for domain in data.protocol.train)
 
 
 def test_ctrl_c_leaves_nothing_half_written(

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import logging
 import math
-from itertools import pairwise
+import re
+from itertools import cycle, pairwise
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from qatbench.bench.quant import QuantLayer, Scope
 from qatbench.bench.site import Site
 from qatbench.bench.testing import Loop, MethodContract, ready, same, state
 from qatbench.methods.fqat import SAMPLE, near_boundary
+from qatbench.methods.gaqat import GAQAT
 from qatbench.methods.lsq import LearnedStep
 from qatbench.methods.sam import trained
 from torch import Tensor, nn
@@ -98,6 +100,17 @@ def test_fqat_1_all_frozen_moves_nothing(freeze_bn: bool) -> None:
     moved = same(before, state_of_net(method))
     assert all("running" in name or "batches" in name for name in moved)
     assert bool(moved) == (not freeze_bn)
+
+
+@pytest.mark.parametrize("target", ["scale", "scale_task_grad", "flat_only"])
+def test_fqat_1_freeze_bn_goes_with_the_whole_layer(target: str) -> None:
+    """Statistics would stand still while the weights that they are of go on training."""
+    method, run = fqat(params={"fqat": {"freeze_bn": True, "target": target}})
+    method.freezing.frozen.fill_(True)
+    before = state_of_net(method)
+    method.step(run)
+    moved = same(before, state_of_net(method))
+    assert {name for name in before if "running" in name} <= set(moved)
 
 
 def test_fqat_1_a_frozen_layer_is_watched_all_the_same() -> None:
@@ -212,14 +225,69 @@ def test_fqat_3_disorder_of_known_sequences(refresh: str) -> None:
 
 @pytest.mark.parametrize("K", [50, 100, 200])
 def test_fqat_3_disorder_of_coin_flips(K: int) -> None:  # noqa: N803
-    """The z-score in the log, and with it the choice of a threshold, would be wrong."""
+    """The choice of a threshold would go by another spread than that of chance."""
     n = 2000
     gradients = torch.randn(K, n, generator=torch.Generator().manual_seed(K))
-    now = single(n, refresh="window", window=K)
-    disorder, sd = watch(now, gradients), 0.5 / math.sqrt(K - 1)
+    disorder, sd = watch(single(n, refresh="window", window=K), gradients), 0.5 / math.sqrt(K - 1)
     assert abs(disorder.mean().item() - 0.5) < 4 * sd / math.sqrt(n)
     assert abs(disorder.std().item() - sd) < 4 * sd / math.sqrt(2 * n)
-    assert now.deviation().std().item() == pytest.approx(1, abs=4 / math.sqrt(2 * n))
+
+
+@pytest.mark.parametrize("steps", [4, 20, 21, 30, 47, 59, 200])
+@pytest.mark.parametrize("refresh", ["step", "window"])
+def test_fqat_3_z_of_coin_flips_has_deviation_1(refresh: str, steps: int) -> None:
+    """The log would call chance a sign: of a window of two steps, or of an average that is steadier than a window."""
+    K, n = 20, 4000  # noqa: N806
+    now = single(n, refresh=refresh, window=K)
+    watch(now, torch.randn(steps, n, generator=torch.Generator().manual_seed(steps)))
+    z = now.deviation(steps - 1)
+    assert (z is None) == (refresh == "window" and steps < K)
+    if z is not None:
+        assert z.mean().item() == pytest.approx(0, abs=4 / math.sqrt(n))
+        assert z.std().item() == pytest.approx(1, abs=4 / math.sqrt(2 * n))
+    if refresh == "step" and steps == 200:
+        torch.testing.assert_close(z, (now.disorder - 0.5) * 2 * math.sqrt(2 * K - 1), rtol=1e-3, atol=1e-3)
+
+
+def test_fqat_3_there_is_no_z_of_weights() -> None:
+    """A share of weights near a boundary would be held against coin flips."""
+    now = single(3, signal="boundary")
+    watch(now, torch.ones(9, 3))
+    assert now.deviation(8) is None
+
+
+@pytest.mark.parametrize("refresh", ["step", "window"])
+@pytest.mark.parametrize("rule", ["top", "low", "random", "all"])
+def test_fqat_3_without_gradients_nothing_is_chosen(rule: Any, refresh: Any) -> None:
+    """Where scales have no gradient yet, as in qt-dog's float phase, the first layers would be frozen for nothing."""
+    now = single(8, rule=rule, refresh=refresh, window=5, fraction=0.25, low=0.7, cap=1.0)
+    gradients = torch.randn(80, 8, generator=torch.Generator().manual_seed(0))
+    gradients[:40] = 0
+    gradients[:, 1] = 0
+    found = []
+    for step, u in enumerate(gradients):
+        now.observe(step, u, u)
+        now.refresh(step, 80)
+        found.append(now.frozen.clone())
+    frozen = torch.stack(found)
+    assert not frozen[:41].any()  # one sign alone has not changed
+    assert frozen[45:].any(1).float().mean() > 0.5
+    assert not frozen[:, 1].any()
+
+
+def test_fqat_over_qt_dog_waits_for_gradients() -> None:
+    """All through qt-dog's float phase the first layers would stand still."""
+    settings = {"fqat": {"window": 2, "warmup": 0.0}, "qt-dog": {"start": 0.5}}
+    method, data = ready("fqat+qt-dog+lsq", bits="w4a32", params=settings)
+    loop, frozen = Loop(method, data), []
+    loop.epoch([])
+    steps = method.scope.steps
+    for step, batch in zip(range(steps), cycle(list(data.train_dataloader())), strict=False):
+        loop.run.batch, method.scope.step = batch, step
+        method.step(loop.run)
+        frozen.append(int(method.freezing.frozen.sum()))
+    assert set(frozen[: steps // 2]) == {0}
+    assert frozen[-1] > 0
 
 
 @SMALL
@@ -444,9 +512,10 @@ def test_fqat_6_the_warm_up(window: int, warmup: float, start: int) -> None:
 
 
 def toy(noise: float = 0.3, steps: int = 6000, seeds: int = 30, **params: Any) -> dict[str, Tensor]:
-    """One scale with a task optimum at 0 and a flat one at 2; every seed is a unit, so all are run at once."""
-    settings = {"signal": "task", "refresh": "window", "window": 100, "low": 0.3, "cap": 1.0, "release": 0, **params}
-    now, joint = single(seeds, **settings), single(seeds, **{**settings, "signal": "mean"})
+    """One scale with a task optimum at 0 and a flat one at 2, by GAQAT's defaults; every seed is a unit, all are run at once."""
+    every, gaqat = torch.arange(seeds), GAQAT.Params(**params)
+    now = Freezing(every, every, seeds, gaqat, seed=3)
+    joint = Freezing(every, every, seeds, gaqat.model_copy(update={"signal": "mean"}), seed=3)
     noises = noise * torch.randn(steps, seeds, generator=torch.Generator().manual_seed(1))
     s, path, frozen, task_disorder, joint_disorder = torch.ones(seeds), [], [], [], []
     for step, n in enumerate(noises):
@@ -497,6 +566,17 @@ def test_fqat_8_noise_hides_the_conflict() -> None:
     """``low`` would freeze scales that are only noisy."""
     found = toy(rule="low", noise=3.0)
     assert found["frozen"].float().mean() < 0.05
+
+
+def test_fqat_6_the_share_counts_what_is_kept() -> None:
+    """In an ablation of ``unfreeze`` its variants would freeze more layers than the rule that they are held against."""
+    for rule in ("top", "random"):
+        for unfreeze in ("reeval", "duty", "never"):
+            for refresh in ("step", "window"):
+                for release in (0, 2):
+                    own = {"rule": rule, "unfreeze": unfreeze, "refresh": refresh, "release": release}
+                    counts = trace(single(12, window=8, fraction=0.25, cap=1.0, **own), 300).sum(1)
+                    assert counts.max() == 3, own
 
 
 # --- 9: how long ---------------------------------------------------------------------------------------------------------
@@ -586,6 +666,13 @@ def test_signal_boundary_looks_at_the_weights() -> None:
         ready("fqat+dorefa", params={"fqat": {"signal": "boundary"}})
 
 
+@pytest.mark.parametrize("rule", ["high", "low"])
+def test_signal_boundary_has_no_threshold(rule: Any) -> None:
+    """``high`` would never freeze anything, and ``low`` everything, since the score is 1 / bits at most."""
+    with pytest.raises(ValidationError, match="use rule top"):
+        FreezingParams(signal="boundary", rule=rule)
+
+
 def test_a_window_longer_than_the_run_is_told(caplog: pytest.LogCaptureFixture) -> None:
     """A run of plain SAGM would stand in the table as FQAT, and nobody would know why they agree."""
     with caplog.at_level(logging.INFO, "qatbench"):
@@ -596,7 +683,8 @@ def test_a_window_longer_than_the_run_is_told(caplog: pytest.LogCaptureFixture) 
     steps = method.scope.steps
     fits = (steps - 1) // 2
     assert (
-        f"waits for 200 steps (window=100) and the run has {steps}; fqat.window={fits} or less would do" in warnings[0]
+        f"waits for 200 steps (window=100, warmup=0.03) and the run has {steps}; fqat.window={fits} or less would do"
+        in warnings[0]
     )
     caplog.clear()
     for window, told in ((fits, False), (fits + 1, True)):
@@ -607,6 +695,44 @@ def test_a_window_longer_than_the_run_is_told(caplog: pytest.LogCaptureFixture) 
         caplog.clear()
     now = single(4, rule="all", window=fits)
     assert trace(now, steps).any()
+
+
+@pytest.mark.parametrize(
+    ("params", "told"),
+    [
+        ({"window": 2}, None),
+        ({"window": 2, "warmup": 1.0}, "freezing never starts: .*; lower fqat.warmup$"),
+        ({"window": 99, "warmup": 1.0}, "fqat.window=.* or less would do; lower fqat.warmup besides$"),
+        ({"window": 5, "warmup": 0.9, "refresh": "window"}, "waits for 30 steps .* has 28; lower fqat.warmup$"),
+        ({"window": 5, "warmup": 0.8, "refresh": "window"}, None),
+        ({"window": 2, "fraction": 0.09}, "0.09 of 10 units are less than one; fqat.fraction=0.1 would do"),
+        ({"window": 2, "fraction": 0.0, "fraction_start": 0.5, "target": "scale"}, None),
+        ({"window": 2, "cap": 0.0, "rule": "high"}, "0 of 10 units are less than one; fqat.cap=0.1 would do"),
+        ({"window": 2, "fraction": 0.0, "rule": "high"}, None),
+        ({"window": 2, "cap": 0.0, "rule": "none"}, None),
+    ],
+)
+def test_settings_that_freeze_nothing_are_told(
+    params: dict[str, Any], told: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run of plain SAGM would stand in the table as FQAT; or advice that does not help would be given."""
+    with caplog.at_level(logging.WARNING, "qatbench"):
+        method, data = ready("fqat", params={"fqat": params})
+        Loop(method, data).epoch([])
+    assert method.scope.steps == 28
+    assert len(caplog.records) == (told is not None)
+    assert told is None or re.search(told, caplog.records[0].message), caplog.records[0].message
+
+
+def test_a_window_that_ends_after_the_run_freezes_nothing() -> None:
+    """The warning would come for runs that do freeze, or miss some that do not."""
+    for window in range(2, 12):
+        for warmup in (0.0, 0.5, 0.8, 0.9, 0.99):
+            for refresh in ("step", "window"):
+                now = single(4, rule="all", window=window, warmup=warmup, refresh=refresh, cap=1.0)
+                first, frozen = now.params.first(24), trace(now, 24).any(1)
+                assert frozen.any() == (first < 24), (window, warmup, refresh)
+                assert not frozen.any() or int(frozen.float().argmax()) == first
 
 
 def test_the_log_has_one_line_an_epoch(caplog: pytest.LogCaptureFixture) -> None:

@@ -24,6 +24,8 @@ def test_gaqat_1_is_fqat_with_other_defaults() -> None:
         "rule": "low",
         "target": "scale_task_grad",
         "refresh": "window",
+        "cap": 1.0,
+        "release": 0,
     }
     states = []
     for name in ("gaqat", "fqat"):
@@ -36,7 +38,7 @@ def test_gaqat_1_is_fqat_with_other_defaults() -> None:
 
 def test_gaqat_2_the_task_gradient_of_calm_scales_is_frozen_window_by_window() -> None:
     """Scales would be judged by another gradient, together, or at another time than once a window."""
-    method, data = ready("gaqat", params={"gaqat": {"window": 3, "low": 0.6, "cap": 1.0, "release": 0}})
+    method, data = ready("gaqat", params={"gaqat": {"window": 3, "low": 0.6}})
     loop = Loop(method, data)
     batches = list(data.train_dataloader())
     loop.epoch([])
@@ -52,7 +54,7 @@ def test_gaqat_2_the_task_gradient_of_calm_scales_is_frozen_window_by_window() -
             signs = torch.stack(g1[-3:]).sign()
             flips = (signs[1:] * signs[:-1] < 0).float().mean(0)
             torch.testing.assert_close(method.freezing.disorder, flips)
-            assert torch.equal(method.freezing.frozen, flips < 0.6)
+            assert torch.equal(method.freezing.frozen, flips < 0.6)  # however many
             frozen_once = frozen_once or bool(method.freezing.frozen.any())
         else:
             assert torch.equal(method.freezing.frozen, before)

@@ -63,6 +63,40 @@ def test_tau_norm_1_has_unit_norms(inner: str) -> None:
     torch.testing.assert_close(found, features @ rows.T, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("inner", INNER)
+def test_tau_norm_follows_weights_that_a_probe_moves(inner: str) -> None:
+    """The landscape would be that of a head which divides by the norms of other weights: steeper than the network in use."""
+    method, _ = at(1.0, inner, first_last="same")
+    head, noted = method.eval().net.get_submodule("head"), method.norms.clone()
+    with torch.no_grad():
+        head.weight.mul_(torch.tensor([4.0, 2.0, 1.0, 0.7])[:, None])
+    weight, _ = used_head(method)
+    features, found = features_and_logits(method)
+    expected = features @ (weight / weight.norm(dim=1, keepdim=True)).T
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(method.norms, noted)
+
+
+def test_tau_norm_gradient_is_that_of_the_moved_weights() -> None:
+    """A curvature would be of gradients of another function: along a row of norm 1 the logits do not change."""
+    method, _ = at(1.0, "fp32")
+    head = method.eval().net.get_submodule("head")
+    logit = method.predict(method.net, method.probe).square().sum()
+    (grad,) = torch.autograd.grad(logit, [head.weight])
+    assert grad.abs().max() > 1e-3
+    assert ((grad * head.weight).sum(1).abs() < 1e-4 * grad.norm(dim=1) * head.weight.norm(dim=1)).all()
+
+
+def test_tau_norm_of_a_deployed_head() -> None:
+    """A network of integer codes, which shows no weights, would be divided by something else."""
+    method, _ = at(1.3, first_last="same")
+    method.eval()
+    integer = method.deploy(Run(method))
+    assert method.present_norms(integer) is method.norms
+    ours, theirs = (logits(method, net, method.probe) for net in (method.net, integer))
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_tau_norm_rows_of_zeros() -> None:
     """A row that few bits make all zero would predict NaN, which argmax takes for the largest."""
     layer = nn.Linear(3, 2)

@@ -7,7 +7,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
-from qatbench.reports.flatness import eigenvalue, flatness_figure, labels
+from qatbench.reports.flatness import SURROGATE, _footer, eigenvalue, flatness_figure, labels
 
 RADII = [0.01, 0.1, 1.0]
 
@@ -21,7 +21,7 @@ def probed(
         "network": "resnet8", "data": "optdigits", "protocol": "mdl", "acc": 0.9, "images": 510, "loss": 0.5,
         "settings": {"radii": RADII, "directions": 3, "iterations": 5, "seed": 0, "images": 512},
         "rise": {"mean": mean, "sd": mean, "min": [-v for v in mean], "max": [2 * v for v in mean]},
-        "eigenvalue": top, "residual": 0.0, "converged": True, "eps": 0.1, "crossed": None, **more,
+        "eigenvalue": top, "residual": 0.0, "converged": True, "eps": 0.1, "crossed": None, "surrogate": False, **more,
     }  # fmt: skip
 
 
@@ -41,6 +41,18 @@ def test_eigenvalues_that_did_not_converge_are_marked() -> None:
     """A number that means nothing would stand beside those that do."""
     assert eigenvalue(probed(top=1234.5)) == "1.23e+03"
     assert eigenvalue(probed(top=12.34, converged=False)) == "~12.3"
+
+
+def test_eigenvalues_of_surrogate_gradients_are_marked() -> None:
+    """A method would look flat because its surrogate is small."""
+    own = probed("emaq", top=12.34, surrogate=True)
+    assert eigenvalue(own) == "12.3*"
+    assert eigenvalue({**own, "converged": False}) == "~12.3*"
+    assert _footer([probed(), own])[1:] == [SURROGATE]
+    assert len(_footer([probed()])) == 1
+    one, other = (picture([probed(), {**own, "surrogate": marked}]) for marked in (False, True))
+    assert one.shape == other.shape
+    assert (one != other).any()
 
 
 @pytest.mark.parametrize("runs", [1, 2, 12])
