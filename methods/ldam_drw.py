@@ -52,6 +52,7 @@ class CosineHead(nn.Module):
         self.register_buffer("norms", torch.ones(layer.out_features, device=layer.weight.device))
         self.measure()
 
+    @torch.no_grad()
     def measure(self) -> None:
         """Note the rows' norms, for a form of the layer that has only integer codes."""
         assert isinstance(self.linear, nn.Linear | QuantLayer)
