@@ -277,8 +277,10 @@ class EmaQLT(EmaQ):
     ``act_at="post_bn"`` they are 0 and 1, as in ClimbQ's code. ``s_eval``: labels are unknown in use; s is 2 as in that code, or
     the expectation over the training images, or that of the class that a first pass predicts. ``omega``: by the formula a class
     inside its bounds has the weight 1 and one outside about 1 / n; by default inside counts as d = 1, and the mean weight is 1.
-    ``cla``: as it is written it asks for a larger margin of *frequent* classes, against Menon et al.; ``posthoc_classwise``
-    adjusts all logits in use instead, and ``all`` is a control that changes nothing. s(x) has no gradient, unless ``cla_gradient``.
+    ``cla``: as it is written it asks for a larger margin of *frequent* classes, against Menon et al., and for one that cannot be
+    reached, since s grows with the logits that it raises: the training loss rises, and more steps do more harm.
+    ``posthoc_classwise`` adjusts all logits in use instead, and ``all`` is a control that changes nothing. s(x) has no gradient,
+    unless ``cla_gradient``.
 
     Departures: a negative C_c counts as 0 (ClimbQ's code has NaN there, and takes the class for one inside); classes without
     images take no part; the bounds are not those of every batch; with several domains, s, omega and n are those of all domains
