@@ -285,9 +285,8 @@ class EmaQLT(EmaQ):
     Departures: a negative C_c counts as 0 (ClimbQ's code has NaN there, and takes the class for one inside); classes without
     images take no part; the bounds are not those of every batch; with several domains, s, omega and n are those of all domains
     together. By default s in training is not s in use: how far that moves the codes is told after each validation.
-    ``s_eval="expected"`` is nearer. Nor is that all: the label is in every activation, in s, and networks learn to read it, the
-    better the more bits there are and the more the classes' sizes differ from each other; the training loss then falls below
-    LSQ's, and accuracy with it. ``s_train="batch"`` gives nothing away, since s is about 2 for all classes.
+    ``s_eval="expected"`` is nearer. Nor is that all: the label is in every activation, in s, and networks learn to read it, more so
+    with more bits; what they learn that way is lost in use. ``s_train="batch"`` gives next to nothing away: s is about 2 for all.
     """
 
     name = "emaq-lt"
