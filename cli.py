@@ -749,7 +749,7 @@ def _show_probes(found: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from .reports.flatness import SURROGATE, eigenvalue
+    from .reports.flatness import eigenvalue, notes
 
     shown = (0.1, 0.5)
     table = Table("run", "method", "bits", box=None, pad_edge=False, header_style="bold")
@@ -765,8 +765,8 @@ def _show_probes(found: list[dict[str, Any]]) -> None:
     Console().print(table)
     if not all(probe["converged"] for probe in found):
         print("~: the power iteration has not converged; try more --iterations")
-    if any(probe["surrogate"] for probe in found):
-        print(SURROGATE)
+    for note in notes(found):
+        print(note)
 
 
 def _show(record: dict[str, Any], store: Any, again: bool) -> None:

@@ -13,7 +13,7 @@ from .errors import RunFailed
 from .method import Method, Parts, Probe, has_effect
 from .quant import Bits, QuantLayer, Scope, calibrate, swap
 from .quant.grid import ready_to_compile
-from .site import Site, find_sites
+from .site import Site, find_sites, more_than_its_class
 from .spec import FLOAT_BITS, RunSpec, parse_bits
 from .task import Task
 
@@ -74,6 +74,12 @@ def _replace(method: Method, net: nn.Module, sites: list[Site], scope: Scope) ->
             old = net.get_submodule(site.name)
             new = member.replace(site, old, scope)
             if new is not old:
+                kept = any(module is old for module in new.modules())
+                lost = None if kept else more_than_its_class(old)
+                if lost:
+                    raise RunFailed(
+                        f"{member.name} cannot replace {site.name}, a {type(old).__name__}: it would lose {lost}"
+                    )
                 swap(net, site.name, new)
                 replaced[member.name] = replaced.get(member.name, 0) + 1
     return replaced

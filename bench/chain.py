@@ -7,6 +7,7 @@ from itertools import combinations
 from typing import Any
 
 from .errors import UserError, nearest
+from .hooks import check_attributes, failing_as
 from .method import Method, Wrapper
 from .registry import find
 from .spec import Frozen, validated
@@ -81,11 +82,20 @@ def chain_params(text: str, params: Mapping[str, Mapping[str, Any]]) -> dict[str
 
 
 def build(text: str, params: Mapping[str, Mapping[str, Any]]) -> Method:
-    """The outermost method of a chain, with its inner methods inside; not yet attached to a network."""
+    """The outermost method of a chain, with its inner methods inside; not yet attached to a network.
+
+    Raises:
+        UserError: See `chain_params`.
+        RunFailed: A member cannot be made, or its attributes are not of the kind that `Method` documents.
+    """
     settings = chain_params(text, params)
-    classes = members(text)
-    method = classes[-1](settings[classes[-1].name])
-    for cls in reversed(classes[:-1]):
-        assert issubclass(cls, Wrapper)
-        method = cls(method, settings[cls.name])
+    *wrappers, innermost = members(text)
+    with failing_as(innermost, "__init__"):
+        method = innermost(settings[innermost.name])
+    for cls in reversed(wrappers):
+        with failing_as(cls, "__init__"):
+            method = cls(method, settings[cls.name])  # type: ignore[call-arg]
+    for member in method.members:
+        with failing_as(member, "__init__"):
+            check_attributes(member)  # once more: the object may have set its own
     return method

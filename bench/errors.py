@@ -14,6 +14,10 @@ class RunFailed(Exception):
     """A run cannot go on. It is recorded as ``failed`` with this message as its reason, and the sweep continues."""
 
 
+class Diverged(RunFailed):
+    """Training has made a number that is not finite, or a step of 0. Who catches it knows which learning rate was too large."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The tail of an "unknown name" message: the nearest known name, or all of them if none is near.
 

@@ -308,8 +308,9 @@ def export_run(
 
     Returns:
         The record's ``export``: ``status`` (``done``, or ``none`` with the ``reason``), ``agreement`` (share of test images for
-        which ONNX Runtime and the run predict the same class), ``acc`` (mean over test domains), ``latency_ratio`` against the
-        float network (median and range), and what the file is made of.
+        which ONNX Runtime and the run, in the ``precision`` that it was measured in, predict the same class), ``acc`` (mean over
+        test domains, in ONNX Runtime), ``latency_ratio`` against the float network (median and range), and what the file is
+        made of.
 
     Raises:
         UserError: The run, the extra, the opset or the place of the file is not as it must be.
@@ -338,6 +339,7 @@ def export_run(
         "opset": opset,
         "types": types(exported.model),
         "sums": exported.sums,
+        "precision": run.method.spec.precision,
         "operators": operators(exported.model),
         **_tested(run, Session(exported.model)),
         **_latency(exported.model, plain, images),
@@ -365,7 +367,8 @@ def _tested(run: Finished, session: Session) -> dict[str, Any]:
     for domain, loader in zip(run.data.test_domains, run.data.open_test(), strict=True):
         hits = []
         for batch in loader:
-            ours = logits(run.method, run.method.net, batch.x, batch.domain).argmax(1)
+            with torch.no_grad():
+                ours = run.method.use(batch).argmax(1)
             theirs = session(batch.x).argmax(1)
             same.append(ours == theirs)
             hits.append(theirs == batch.y)

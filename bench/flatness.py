@@ -35,7 +35,7 @@ REACH = 2e-3  # of a finite difference, see `top_eigenvalue`
 CONVERGED = 0.2  # the largest residual of a power iteration that is taken for converged
 CHUNK = 128  # images a pass
 FILE = "flatness.json"
-VERSION = 2  # goes up when the numbers move; what was measured before is then measured again
+VERSION = 3  # goes up when the numbers move; what was measured before is then measured again
 
 Weights = Mapping[str, Tensor]
 
@@ -307,8 +307,9 @@ def probe_run(store: Store, run_id: str, settings: Settings, *, data_root: Path 
 
     Returns:
         What the file holds: ``settings``; what names the run (``run_id``, ``method``, ``bits``, ``network``, ``data``,
-        ``protocol``, ``seed``), and ``acc``, its test accuracy; ``loss`` (nats, on ``images`` training images); ``rise``: for each
-        of the settings' radii the ``mean``, ``sd``, ``min`` and ``max``, over directions, of how much the loss rises;
+        ``protocol``, ``seed``, ``precision``), and ``acc``, its test accuracy; ``loss`` (nats, on ``images`` training images);
+        ``rise``: for each of the settings' radii the ``mean``, ``sd``, ``min`` and ``max``, over directions, of how much the loss
+        rises;
         ``eigenvalue``, the largest in size, which may be negative, with ``residual`` and ``eps`` (see `Eigenvalue`), whether the
         iteration has ``converged``, and ``crossed`` (see `Landscape.crossed`); ``surrogate``: whether the eigenvalue is of a
         surrogate gradient (see `has_surrogate`).
@@ -328,7 +329,7 @@ def probe_run(store: Store, run_id: str, settings: Settings, *, data_root: Path 
         measured = probe(run.method, run.data.probe(images), settings)
     except UserError as error:
         raise UserError(f"run {run_id}: {error}") from None
-    named = {key: spec[key] for key in ("method", "bits", "network", "data", "protocol", "seed")}
+    named = {key: spec[key] for key in ("method", "bits", "network", "data", "protocol", "seed", "precision")}
     acc = run.record["metrics"].get("test/acc")
     found = {"version": VERSION, "run_id": run_id, **named, "acc": acc, "settings": asked, **measured}
     with writing(store.root):

@@ -20,9 +20,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .errors import RunFailed
+from .errors import Diverged, RunFailed
+from .hooks import OF_METHOD, guard
 from .quant import Bits, Budget, Quantizer, QuantLayer, Scope, deployed, edge_bits, quant_layers
 from .quant.allocate import Costs, allocate
+from .quant.layer import BATCH_NORMS
 from .quant.quantizer import finite_state, step_of
 from .quant.sensitivity import hessian_trace, second_order
 from .seeds import seed_for
@@ -170,6 +172,7 @@ _FINAL = (
     "record_losses",
     "update",
     "attach",
+    "use",
 )
 
 
@@ -233,6 +236,7 @@ class Method(L.LightningModule):
             raise TypeError(
                 f"{cls.__name__} overrides {taken[0]}, which belongs to the harness; see start, epoch_start, step, losses"
             )
+        guard(cls, Method, OF_METHOD)
 
     # --- build: called once, the inner method first where it says so ----------------------------------------------------------
 
@@ -317,10 +321,12 @@ class Method(L.LightningModule):
     def param_groups(self, net: nn.Module) -> list[dict[str, Any]]:
         """Optimizer groups of the network's parameters: ``params``, ``lr_scale``, ``weight_decay`` (None: the run's)."""
         groups: dict[tuple[float, float | None], list[nn.Parameter]] = {}
+        seen: set[nn.Parameter] = set()  # two modules may share one
         for module in net.modules():
             special = module.groups if isinstance(module, Quantizer) else {}
             for name, parameter in module.named_parameters(recurse=False):
-                if parameter.requires_grad:
+                if parameter.requires_grad and parameter not in seen:
+                    seen.add(parameter)
                     groups.setdefault(special.get(name, (1.0, None)), []).append(parameter)
         return [{"params": ps, "lr_scale": scale, "weight_decay": wd} for (scale, wd), ps in groups.items()]
 
@@ -401,7 +407,7 @@ class Method(L.LightningModule):
         self._quantizers = [m for m in net.modules() if isinstance(m, Quantizer)]
         self._stages = self.stages(parts.spec.epochs)
         self.losses_seen: dict[str, Tensor] = {}
-        self.steps_seen = 0
+        self.steps_seen = self.updates_seen = 0
         self.metrics: dict[str, float] = {}
 
     def train(self, mode: bool = True) -> Self:
@@ -458,19 +464,31 @@ class Method(L.LightningModule):
         self.steps_seen += 1
 
     def epoch_losses(self) -> dict[str, float]:
-        """Mean of each loss over the epoch so far.
+        """Mean of each loss over the epoch so far; refuses to go on from what is not finite.
 
         Raises:
-            RunFailed: A loss or a quantizer's state is not finite, or a step has collapsed.
+            Diverged: A loss, a metric, a parameter or a buffer is not finite, or a quantizer's step has collapsed.
         """
         means = {f"train/{name}": float(value) / self.steps_seen for name, value in self.losses_seen.items()}
+        epoch = f"in epoch {self.current_epoch}"
+        for called, what in ((self.steps_seen, "backward"), (self.updates_seen, "update")):
+            if not called:
+                raise RunFailed(f"{self.name}.step has never called run.{what}() {epoch}, so nothing was trained")
         for name, value in means.items():
             if not math.isfinite(value):
-                raise RunFailed(f"diverged: {name} is {value} in epoch {self.current_epoch}")
+                raise Diverged(f"diverged: {name} is {value} {epoch}")
         for name, module in self.net.named_modules():
             wrong = finite_state(module) if isinstance(module, Quantizer) else None
             if wrong:
-                raise RunFailed(f"diverged: {wrong} in {name} in epoch {self.current_epoch}")
+                raise Diverged(f"diverged: {wrong} in {name} {epoch}")
+        state = {k: v for k, v in self.state_dict().items() if v.is_floating_point()}
+        finite = torch.stack([v.isfinite().all() for v in state.values()]).tolist()  # the device is asked once
+        if not all(finite):
+            name = list(state)[finite.index(False)].removeprefix("net.")
+            raise Diverged(f"diverged: {name} is not finite {epoch}")
+        for name, value in self.metrics.items():
+            if not math.isfinite(value):
+                raise Diverged(f"diverged: {name} is {value} {epoch}")
         return means
 
     def update(self, run: Run) -> None:
@@ -481,6 +499,7 @@ class Method(L.LightningModule):
         if self.spec.clip is not None:
             nn.utils.clip_grad_norm_((p for p in self.parameters() if p.grad is not None), self.spec.clip)
         run.opt.step()
+        self.updates_seen += 1
         with torch.no_grad():
             for quantizer in self._quantizers:
                 quantizer.project()
@@ -528,7 +547,7 @@ class Method(L.LightningModule):
         torch.manual_seed(seed_for("epoch", self.spec.seed, epoch))
         self.data.epoch, self.data.sampler = epoch, stage.sampler
         self.scope.epoch, self.scope.step = epoch, epoch * self.data.steps
-        self.losses_seen, self.steps_seen = {}, 0
+        self.losses_seen, self.steps_seen, self.updates_seen = {}, 0, 0
         run.opt = self.optimizers()
         with torch.no_grad():
             if passed == 0:
@@ -549,10 +568,14 @@ class Method(L.LightningModule):
         self.step(run)
         self.scope.step += 1
 
-    def _evaluate(self, batch: Batch, domain: str) -> None:
+    def use(self, batch: Batch) -> Tensor:
+        """The prediction that a run measures: the network's logits (float [B, outputs]) in the run's own precision."""
         self.scope.domain, self.scope.labels, self.scope.track = batch.domain, None, False
         with self._autocast():
-            logits = self.predict(self.net, batch)
+            return self.predict(self.net, batch)
+
+    def _evaluate(self, batch: Batch, domain: str) -> None:
+        logits = self.use(batch)
         if domain not in self._meters:
             self._meters[domain] = self.task.meter(self.device)
         self._meters[domain].update(logits, batch.y)
@@ -694,14 +717,13 @@ def schedule(kind: str, done: float) -> float:
     return 1.0
 
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 @contextlib.contextmanager
 def _not_tracking(net: nn.Module) -> Iterator[None]:
     # Their own switch, not the momentum: with momentum 0 a BatchNorm still counts batches.
-    batch = [m for m in net.modules() if isinstance(m, _BATCH_NORMS) and m.track_running_stats]
+    batch = [m for m in net.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
     # In training an InstanceNorm moves its statistics whatever its switch says; it does not need them to compute.
     instance = [
         (m, m.running_mean, m.running_var) for m in net.modules() if isinstance(m, _INSTANCE_NORMS) and m.training

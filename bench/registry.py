@@ -175,8 +175,12 @@ def _classes(module: ModuleType, origin: str, only: str | None = None, source: s
 
 
 def _plugin(cls: Any, kind: str, origin: str, source: str | None = None) -> Plugin:
+    from .hooks import check_attributes
+
     if not isinstance(cls, type) or _kind_of(cls) != kind or not getattr(cls, "name", ""):
         raise TypeError(f"{cls!r} is no {_WORD[kind]}: a class of that kind with a `name` is expected")
+    if kind == "methods":
+        check_attributes(cls)
     return Plugin(cls.name, kind, origin, cls, source=source)  # type: ignore[attr-defined]
 
 

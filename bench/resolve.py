@@ -9,10 +9,11 @@ from typing import Any
 from .augment import find_augment
 from .chain import build, chain_params, members, normal_name
 from .data import Loaded, find_data, make_splits, make_task, open_data, parse_protocol
-from .errors import UserError, nearest
+from .errors import RunFailed, UserError, nearest
 from .method import Method
-from .registry import find, plugin
-from .site import LAYERS
+from .network import check_network
+from .registry import plugin
+from .site import Site
 from .spec import FLOAT_BITS, Bits, Budget, RunSpec, bits_text, canonical_json, content_hash, parse_bits
 from .task import Task
 
@@ -37,6 +38,7 @@ class Resolved:
         code: Kind and name -> version; a plugin from a file has the hash of its file as well.
         data_hash: SHA-256 of images, labels and official splits.
         skip: Why the method cannot be run on this task, or None.
+        broken: Why the method, a plugin, cannot even be made; the run is then a failed one, and the spec is as it was asked for.
     """
 
     spec: RunSpec
@@ -45,6 +47,7 @@ class Resolved:
     code: dict[str, str]
     data_hash: str
     skip: str | None
+    broken: str | None = None
 
     @property
     def float_spec(self) -> RunSpec:
@@ -74,33 +77,29 @@ def resolve(spec: RunSpec, *, data_root: Path | None, cache: Path) -> Resolved:
         UserError: A name is unknown, a setting is out of range, the method does not take these bits, or the data is not to be had.
     """
     chain = members(spec.method)
-    name = normal_name(spec.method)
     params = {k: v.model_dump(mode="json") for k, v in chain_params(spec.method, spec.params).items()}
     loaded = _open(spec.data, spec.data_params, data_root, cache)
     long_tailed = loaded.params.imbalance is not None
     protocol = parse_protocol(spec.protocol or ("longtail" if long_tailed else None), loaded.names).name
     if spec.selection != "last" and not loaded.params.val:
         raise UserError(f"selection={spec.selection} needs validation images; use selection=last, or a val above 0")
-    _check_imbalance(loaded, _task(loaded, protocol, spec.seed))
-    find("networks", spec.network)
-    method = build(spec.method, spec.params)
-    update: dict[str, Any] = {"method": name, "params": params, "data_params": loaded.data_params, "protocol": protocol}
+    task = _task(loaded, protocol, spec.seed)
+    _check_imbalance(loaded, task)
+    sites = _check_network(spec, loaded, task)
     find_augment(spec.augment, loaded.augment)  # refuses an unknown name
     augment = loaded.augment if spec.augment == "default" else spec.augment
-    update |= {"bits": _bits(method, name, spec), "augment": augment}
-    if spec.first_last == "native":
-        update["first_last"] = method.first_last
-    if spec.plan is not None:
-        _check_plan(method, name, spec, loaded, _task(loaded, protocol, spec.seed))
-        update["first_last"] = "8bit"  # the plan says it all
-    update |= _without_effect(method)
-    normal = spec.model_copy(update=update)
-    code = {"harness": str(HARNESS), **{f"method {c.name}": _version("methods", c.name) for c in chain}}
+    ours = {"method": normal_name(spec.method), "params": params, "data_params": loaded.data_params}
+    normal = spec.model_copy(update={**ours, "protocol": protocol, "augment": augment})
+    skip = broken = None
+    try:
+        normal, skip = _of_method(normal, sites, task)
+    except RunFailed as error:
+        broken = str(error)
     ground = {
         f"data set {spec.data}": _version("datasets", spec.data),
         f"network {spec.network}": _version("networks", spec.network),
     }
-    code |= ground
+    code = {"harness": str(HARNESS), **{f"method {c.name}": _version("methods", c.name) for c in chain}, **ground}
     values = normal.model_dump(mode="json")
     float_values = {k: values[k] for k in FLOAT_KEYS}
     return Resolved(
@@ -109,8 +108,21 @@ def resolve(spec: RunSpec, *, data_root: Path | None, cache: Path) -> Resolved:
         float_id=content_hash({"float": float_values, "code": ground, "harness": HARNESS, "data": loaded.hash}),
         code=code,
         data_hash=loaded.hash,
-        skip=method.skip(_task(loaded, protocol, spec.seed)),
+        skip=skip,
+        broken=broken,
     )
+
+
+def _of_method(spec: RunSpec, sites: tuple[Site, ...], task: Task) -> tuple[RunSpec, str | None]:
+    """The spec with what the method's own code settles of it, and why the method cannot be run on this task."""
+    method = build(spec.method, spec.params)
+    update: dict[str, Any] = {"bits": _bits(method, spec.method, spec)}
+    if spec.first_last == "native":
+        update["first_last"] = method.first_last
+    if spec.plan is not None:
+        _check_plan(method, spec.method, spec, sites)
+        update["first_last"] = "8bit"  # the plan says it all
+    return spec.model_copy(update={**update, **_without_effect(method)}), method.skip(task)
 
 
 def _check_imbalance(loaded: Loaded, task: Task) -> None:
@@ -166,13 +178,20 @@ def _check_budget(method: Method, name: str, text: str, budget: Budget) -> None:
     _check_widths(method, name, text, Bits(low, budget.a))
 
 
-def _check_plan(method: Method, name: str, spec: RunSpec, loaded: Loaded, task: Task) -> None:
+def _check_network(spec: RunSpec, loaded: Loaded, task: Task) -> tuple[Site, ...]:
+    """The network's sites; refuses one that cannot be quantized or trained on these images."""
+    domains = len(task.domains)
+    batch = max(1, spec.batch // domains) * domains
+    image = (int(loaded.domains[0].images.shape[1]), *loaded.size)
+    return check_network(spec.network, image, task.outputs, max(1, batch // spec.accumulate))
+
+
+def _check_plan(method: Method, name: str, spec: RunSpec, sites: tuple[Site, ...]) -> None:
     """Refuse a plan that names a layer which the network does not have, leaves one out, or gives it bits that are not to be had."""
     assert spec.plan is not None
     if tuple(method.bits) == (FLOAT_BITS,):
         return
-    net = find("networks", spec.network)(loaded.domains[0].images.shape[1], task.outputs)
-    layers = [n for n, module in net.named_modules() if isinstance(module, LAYERS)]
+    layers = [site.name for site in sites if site.kind == "layer"]
     for layer, bits in spec.plan.items():
         if layer not in layers:
             raise UserError(f"plan: {spec.network} has no layer {layer!r}{nearest(layer, layers)}")

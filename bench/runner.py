@@ -8,6 +8,7 @@ import gc
 import hashlib
 import importlib.metadata
 import logging
+import math
 import platform
 import resource
 import statistics
@@ -28,7 +29,7 @@ from torch import nn
 from .assemble import assemble
 from .chain import build
 from .data import DataModule, open_data
-from .errors import RunFailed, UserError
+from .errors import Diverged, RunFailed, UserError
 from .fit import (
     LAST,
     Progress,
@@ -45,8 +46,9 @@ from .fit import (
 )
 from .memory import keep_freed
 from .method import Method
+from .network import make_network
 from .quant import audit, cost
-from .registry import ROOT, find
+from .registry import ROOT
 from .resolve import Resolved, resolve
 from .seeds import seed_for
 from .spec import RunSpec
@@ -122,6 +124,8 @@ def _attempt(
     }  # fmt: skip
     if resolved.skip is not None:
         return record
+    if resolved.broken is not None:
+        return record | {"status": "failed", "reason": resolved.broken}
     tracker = Tracker(
         folder, resolved.run_id, record["spec"], group=suite, job_type=spec.method,
         tags=[spec.method, spec.bits, spec.data, str(spec.protocol), spec.network, f"seed {spec.seed}"], enabled=wandb,
@@ -136,6 +140,8 @@ def _attempt(
         measured = session.measure(float_folder)
         measured["time"] = record["time"] | measured["time"]
         record |= {"status": "done", "reason": None, **measured}
+    except Diverged as error:
+        record |= {"status": "failed", "reason": f"{error}; take a smaller lr"}
     except (RunFailed, torch.OutOfMemoryError, MemoryError) as error:
         record |= {"status": "failed", "reason": one_line(error)}
     except UserError:
@@ -179,7 +185,10 @@ def train_float(
         torch.set_num_threads(resolved.spec.threads)
         keep_freed()
         session = _Session(float_run, store, pick_device(device), folder, data_root, progress, None)
-        result = session.measure(None)
+        try:
+            result = session.measure(None)
+        except Diverged as error:
+            raise RunFailed(f"{error}; take a smaller float_lr") from error
         save(folder / "net.pt", {k: v.cpu() for k, v in session.method.net.state_dict().items()})
         (folder / LAST).unlink(missing_ok=True)
         write_json(folder / "result.json", {"schema": SCHEMA, "float_id": resolved.float_id, **result})
@@ -284,7 +293,11 @@ class _Session:
             fit(self.method, self.data, recorder, resume=saved is not None)
         train_s = time.perf_counter() - clock
         validate(self.method, self.data)
-        metrics = {**self._select_and_test(), **_float_metrics(float_folder)}
+        metrics = self._select_and_test()
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise Diverged(f"diverged: {name} is {value}")
+        metrics |= _float_metrics(float_folder)
         step_ms = 1000 * statistics.median(recorder.step_s) if recorder.step_s else None
         return {
             "metrics": metrics,
@@ -345,7 +358,7 @@ class _Session:
         spec = self.spec
         torch.manual_seed(seed_for("weights", spec.network, self.loaded.name, str(spec.protocol), spec.seed))
         channels = self.loaded.domains[0].images.shape[1]
-        net = find("networks", spec.network)(channels, self.data.task.outputs)
+        net = make_network(spec.network, channels, self.data.task.outputs)
         if float_folder is not None:
             try:
                 net.load_state_dict(torch.load(float_folder / "net.pt", weights_only=True, map_location="cpu"))
@@ -353,7 +366,7 @@ class _Session:
                 raise RunFailed(
                     f"the float network in {float_folder} does not fit {spec.network} ({one_line(error)}); delete that folder"
                 ) from error
-        return net.to(self.device, memory_format=torch.channels_last)
+        return net.to(self.device).to(memory_format=torch.channels_last)
 
     def _select_and_test(self) -> dict[str, float]:
         """Metrics of the weights that the protocol selects, on validation data; the test split is opened here and nowhere else."""

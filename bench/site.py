@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+
+from .convolution import StridedPointwise
 
 LAYERS = (nn.Conv2d, nn.Linear)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
@@ -79,6 +84,7 @@ class Site:
             the layers that read it; no layers where something else reads it, a joint for example.
         edge: whether it is the first or the last layer that runs.
         signed_input: whether an input was negative; False after a ReLU.
+        calls: how often it runs in one pass.
         norm: name of the layer's own norm: it takes every output of this layer and nothing else.
     """
 
@@ -93,7 +99,60 @@ class Site:
     live: tuple[tuple[int, tuple[str, ...]], ...] = ()
     edge: bool = False
     signed_input: bool = False
+    calls: int = 1
     norm: str | None = None
+
+
+# What a subclass may define without changing what its layer computes.
+_HARMLESS = {
+    "__annotations__", "__constants__", "__doc__", "__firstlineno__", "__init__", "__module__", "__qualname__", "__repr__",
+    "__static_attributes__", "_version", "extra_repr", "reset_parameters",
+}  # fmt: skip
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def more_than_its_class(module: nn.Module) -> str | None:
+    """What a layer, norm or joint does besides the operation of its class; None for a plain one.
+
+    Whoever puts another module in its place keeps its parameters, and would lose this without a word.
+
+    >>> more_than_its_class(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    'the parametrization of its weight'
+    """
+    base = next((b for b in (*LAYERS, *NORMS, Joint) if isinstance(module, b)), None)
+    if base is None:
+        return "all that it does"
+    if parametrize.is_parametrized(module):
+        return "the parametrization of its weight"
+    own = type(module).__mro__[: type(module).__mro__.index(base)]
+    changed = [n for cls in own for n in vars(cls) if hasattr(base, n) and n not in _HARMLESS]
+    changed += [n for n in vars(module) if callable(getattr(base, n, None))]
+    if changed and not isinstance(module, StridedPointwise):
+        return f"its own {changed[0]}"
+    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+        return "its hooks"
+    if any(True for _ in module.children()):
+        return "the modules inside it"
+    return None
+
+
+def unquantizable(layer: nn.Conv2d | nn.Linear) -> str | None:
+    """Why a layer cannot be quantized, None if it can: what takes its place is the operation of its class on its parameters."""
+    kind = "nn.Conv2d" if isinstance(layer, nn.Conv2d) else "nn.Linear"
+    if lost := more_than_its_class(layer):
+        return (
+            f"is a {type(layer).__name__}, and quantization would lose {lost}; use a plain {kind}, and do the rest in a module "
+            "before or after it"
+        )
+    for name in ("weight", "bias"):
+        value = getattr(layer, name)
+        if value is not None and not isinstance(value, nn.Parameter):
+            return f"has a {name} that is no nn.Parameter, so that nothing trains it; use a plain {kind}"
+    if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
+        return (
+            f"has padding mode {layer.padding_mode!r}, which is not supported; pad with a module before the convolution"
+        )
+    return None
 
 
 @dataclass(frozen=True)
@@ -123,10 +182,12 @@ def find_sites(net: nn.Module, image: tuple[int, int, int]) -> list[Site]:
         image: shape of one input image, (C, H, W).
 
     Raises:
-        ValueError: for what would otherwise be left out or half replaced without a word: a layer, norm or joint that
-            never runs, one that is reachable under two names, or a layer of a kind that cannot be quantized.
+        ValueError: for what would otherwise be left out, changed or half replaced without a word: a layer, norm or joint that
+            never runs or is reachable under two names; a layer of a kind that cannot be quantized, that is more than the
+            operation of its class, or that shares a parameter; a convolution or matrix product outside of the layers.
     """
     modules = _site_modules(net)
+    _refuse_shared_parameters(net, modules)
     calls = _trace(net, modules, image)
     runs = Counter(call.name for call in calls)
     if idle := [name for name in modules if name not in runs]:
@@ -162,18 +223,88 @@ def _site_modules(net: nn.Module) -> dict[str, nn.Module]:
             raise ValueError(f"{names[module]} and {name} are one module; keep it under one name and call it twice")
         found[name] = module
         names[module] = name
+        if isinstance(module, LAYERS) and (reason := unquantizable(module)):
+            raise ValueError(f"{name} {reason}")
     return found
+
+
+def _refuse_shared_parameters(net: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """A weight of two layers would be counted twice, trained twice, and have two quantizers."""
+    owners: dict[int, str] = {}
+    for name, parameter in net.named_parameters(remove_duplicate=False):
+        if parameter.numel() == 0:
+            continue
+        other = owners.setdefault(parameter.data_ptr(), name)
+        if other != name and any(isinstance(modules.get(n.rpartition(".")[0]), LAYERS) for n in (name, other)):
+            raise ValueError(f"{other} and {name} are one tensor; keep it in one layer, and call that layer twice")
+
+
+_CONVOLUTIONS = {
+    "linear", "bilinear", *(f"conv{transposed}{d}d" for transposed in ("", "_transpose") for d in (1, 2, 3)),
+}  # fmt: skip
+_PRODUCTS = {
+    "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "dot", "vdot", "inner", "addmm", "addbmm", "addmv", "baddbmm",
+    "tensordot", "einsum", "chain_matmul", "multi_dot", "scaled_dot_product_attention", "multi_head_attention_forward",
+}  # fmt: skip
+
+
+class _OutsideLayers(TorchFunctionMode):
+    """Refuses what multiplies with weights outside of the layers: it would stay float, and be missing in plan and cost.
+
+    A weight is a parameter or buffer, or what is made of these alone. `inside` counts the layers that are running.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.inside = 0
+        self._kept: list[Tensor] = []  # so that ids stay taken
+        self._weights = {id(t): name for name, t in (*net.named_parameters(), *net.named_buffers())}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.inside:
+            return out
+        name = getattr(func, "__name__", "")
+        tensors = list(_tensors((*args, *(kwargs or {}).values())))
+        weights = [self._weights[id(t)] for t in tensors if id(t) in self._weights]
+        if name in _CONVOLUTIONS or (name in _PRODUCTS and weights):
+            what = f" with {weights[0]}" if weights else ""
+            raise ValueError(
+                f"the network calls {name}{what} outside of its layers, where it cannot be quantized or counted; use nn.Conv2d or "
+                "nn.Linear"
+            )
+        if weights and len(weights) == len(tensors):
+            for made in _tensors((out,)):
+                self._kept.append(made)
+                self._weights[id(made)] = weights[0]
+        return out
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among these, and in lists and tuples of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 def _trace(net: nn.Module, modules: dict[str, nn.Module], image: tuple[int, int, int]) -> list[_Call]:
     """Run ``net`` once and note each execution of ``modules``."""
+    outside = _OutsideLayers(net)
     calls: list[_Call] = []
     kept: list[Tensor] = []  # so that ids stay taken
     # id -> (layer, a copy of its output), which tells whether something like an in-place ReLU has changed it before it
     # reached the norm.
     produced: dict[int, tuple[str, Tensor]] = {}
 
+    def enter(*_: Any) -> None:
+        outside.inside += 1
+
     def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        outside.inside -= isinstance(module, LAYERS)
+        if not inputs:
+            raise ValueError(f"{name} is given its input as a keyword; give it by position, so that it can be seen")
         if not all(bool(x.isfinite().all()) for x in inputs):
             raise ValueError(f"the input of {name} is not finite on random images; its sign cannot be told")
         layer, copy = produced.get(id(inputs[0]), (None, inputs[0]))
@@ -198,8 +329,9 @@ def _trace(net: nn.Module, modules: dict[str, nn.Module], image: tuple[int, int,
     x = torch.randn(TRACED, *image, generator=torch.Generator().manual_seed(0)).to(like)
     modes = {module: module.training for module in net.modules()}
     handles = [m.register_forward_hook(functools.partial(note, name)) for name, m in modules.items()]
+    handles += [m.register_forward_pre_hook(enter) for m in modules.values() if isinstance(m, LAYERS)]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), outside:
             net.eval()(x)
     finally:
         for handle in handles:
@@ -253,6 +385,7 @@ def _site(calls: list[_Call]) -> Site:
         weights=weight.numel() if weight is not None else 0,
         inputs=sum(call.inputs for call in calls),
         signed_input=any(call.signed for call in calls),
+        calls=len(calls),
     )
     if isinstance(module, Joint):
         if any(call.channels != first.channels for call in calls):

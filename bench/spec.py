@@ -20,7 +20,7 @@ FLOAT_BITS = 32
 _BITS = re.compile(r"w(\d{1,2})a(\d{1,2})")
 _BUDGET = re.compile(r"avg(\d{1,2}(?:\.\d{1,4})?)(?:a(\d{1,2}))?")
 _PLAN = re.compile(r"plan-[0-9a-f]{8}")
-_WIDTHS = (*range(1, 9), FLOAT_BITS)
+WIDTHS = (*range(1, 9), FLOAT_BITS)
 
 
 class Bits(NamedTuple):
@@ -251,7 +251,7 @@ def parse_bits(text: str) -> Bits | Budget:
 
 def _check_widths(text: str, **widths: int) -> None:
     for kind, width in widths.items():
-        if width not in _WIDTHS:
+        if width not in WIDTHS:
             raise ValueError(f"bits {text!r}: {kind} take 1 to 8 bits, or 32 for float, not {width}")
 
 

@@ -48,10 +48,13 @@ SPEC: dict[str, Any] = {
 
 
 class TinyNet(CifarResNet):
-    """A ResNet-8 of width 4: every kind of site (layers, norms, joints, a head, projections) and 5,000 weights."""
+    """A ResNet-8 of width 8: every kind of site (layers, norms, joints, a head, projections) and 20,000 weights.
+
+    Not narrower: its strided 1x1 convolutions would then take fewer than 8 channels, see `StridedPointwise`.
+    """
 
     blocks = 1
-    width = 4
+    width = 8
 
 
 def contract_data(domains: int = 3) -> Loaded:

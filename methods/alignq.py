@@ -28,6 +28,7 @@ class AlignQ(Method):
     paper = "Chen et al., AlignQ: alignment quantization with ADMM-based correlation preservation, CVPR 2022"
     fidelity = "reconstruction"
     first_last = "same"
+    version = 2  # 2: norms start from the statistics of the quantized network
 
     class Params(Frozen):
         """Settings of AlignQ."""

@@ -34,7 +34,7 @@ class ClimbQ(EmaQLT):
         "Chen et al., ClimbQ: class imbalanced quantization enabling robustness on efficient inferences, NeurIPS 2022"
     )
     first_last = "same"
-    version = 2  # 2: s by the class's share of the batch
+    version = 3  # 3: norms start from the statistics of the quantized network
     alters = frozenset({"loss"})
     step = Method.step
 

@@ -24,7 +24,7 @@ class TanhWeight(Quantizer):
 
     def __init__(self, bits: int, site: Site, scope: Scope, scale: Literal["max", "none"]) -> None:
         super().__init__(bits, site, scope, signed=False)
-        self.scale = scale
+        self.scale, self.rescales = scale, scale == "none"
 
     def _unit(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """The position of each weight on the grid, 0 to n, and the scale m (scalar, detached)."""

@@ -178,7 +178,7 @@ class EmaQ(Method):
     paper = "Yeh, Chen et al., Efficient multi-domain alignment quantization, arXiv 2606.04920v1 (withdrawn)"
     fidelity = "reconstruction"
     alters = frozenset({"norm", "step"})
-    version = 2  # 2: without a CDF weights keep their scale; norms weigh by the layers' mean sensitivity
+    version = 3  # 3: norms start from the statistics of the quantized network
     beta: Tensor  # [domains, 1 or layers]
 
     class Params(Frozen):

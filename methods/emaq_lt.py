@@ -290,7 +290,7 @@ class EmaQLT(EmaQ):
     """
 
     name = "emaq-lt"
-    version = 2  # 2: a distance below 1 counts as 1; the log-sum-exp moves once a step
+    version = 3  # 3: norms start from the statistics of the quantized network
     alters = frozenset({"norm", "step", "logits", "loss"})
 
     head: str = ""

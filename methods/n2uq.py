@@ -33,8 +33,11 @@ def edge_counter(edges: Tensor) -> Callable[[Tensor], Tensor]:
     if edges.device.type == "cpu":  # elsewhere the search is fast, and reading the edges would wait for the device
         low, span = edges[0], edges[-2] - edges[0]
         cells = float(span / edges[:-1].diff().amin()) * 1.01 + 1
-        if cells <= MOST_CELLS:
-            per_unit, last = cells / span, int(cells) + 2  # the infinite edge has the last cell
+        per_unit = cells / span
+        if cells <= MOST_CELLS and bool(
+            per_unit.isfinite()
+        ):  # edges of denormal size are too near for any number of cells
+            last = int(cells) + 2  # the infinite edge has the last cell
 
             def cell_of(x: Tensor) -> Tensor:
                 return x.sub(low).mul_(per_unit).clamp_(0, last).int()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Probe = dict[str, Any]  # what `bench.flatness.probe_run` returns
 SURROGATE = "*: of the method's own surrogate gradients, not comparable across methods"
+IN_FP32 = "runs in bf16 were probed in fp32: bf16 has too few digits for differences"
 _GREY = "#5b6470"
 _LINEAR = 1e-2  # nats: smaller rises are drawn on a linear scale, since they may be negative
 
@@ -31,6 +32,12 @@ def labels(probes: Sequence[Probe]) -> list[str]:
 def eigenvalue(probe: Probe) -> str:
     """As it is shown; ``~`` before what has not converged, ``*`` after what is of surrogate gradients."""
     return f"{'' if probe['converged'] else '~'}{probe['eigenvalue']:.3g}{'*' if probe['surrogate'] else ''}"
+
+
+def notes(probes: Sequence[Probe]) -> list[str]:
+    """What a reader of the numbers must know besides."""
+    surrogate, half = any(p["surrogate"] for p in probes), any(p["precision"] != "fp32" for p in probes)
+    return [SURROGATE] * surrogate + [IN_FP32] * half
 
 
 def flatness_figure(probes: Sequence[Probe]) -> bytes:
@@ -105,4 +112,4 @@ def _footer(probes: Sequence[Probe]) -> list[str]:
         f"{each('images')} training images, {each('directions')} filter-normalised directions, "
         f"{each('iterations')} power iterations on straight-through gradients{unsure}"
     )
-    return [what, SURROGATE] if any(p["surrogate"] for p in probes) else [what]
+    return [what, *notes(probes)]

@@ -374,7 +374,7 @@ def _floats(jobs: Sequence[Job], store: Store) -> list[Job]:
     """One job for each float network that is not there."""
     missing: dict[str, Job] = {}
     for job in jobs:
-        if not job.has_float(store):
+        if not job.has_float(store) and job.resolved.broken is None:
             label = " ".join(["float network", *job.label.split(" ")[2:]])
             missing.setdefault(job.resolved.float_id, Job(True, job.resolved, label))
     return list(missing.values())

@@ -54,6 +54,7 @@ class CdfQuantizer(Quantizer):
     ) -> None:
         super().__init__(bits, site, scope, signed=False)
         self.through, self.relative, self.surrogate, self.unit = through, relative, surrogate, unit
+        self.rescales = not relative
         if through and (surrogate or unit):
             raise ValueError("surrogate and unit are for constant statistics; drop them, or through")
         self.qmax = self.qmax if steps is None else steps

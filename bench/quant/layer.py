@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from typing import cast
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..convolution import Conv, conv_arguments, convolve
 from ..errors import RunFailed
+from ..site import channel_dim, unquantizable
 from .quantizer import Decode, Quantizer
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class QuantLayer(nn.Module):
@@ -33,11 +37,13 @@ class QuantLayer(nn.Module):
         self, layer: nn.Conv2d | nn.Linear, weight_quantizer: Quantizer | None, act_quantizer: Quantizer | None
     ) -> None:
         super().__init__()
+        if reason := unquantizable(layer):
+            raise ValueError(f"the layer {reason}")
         self.weight, self.bias = layer.weight, layer.bias
         self.weight_quantizer, self.act_quantizer = weight_quantizer, act_quantizer
         if act_quantizer is not None:
             act_quantizer.of = "input"
-        self.conv = _conv_arguments(layer) if isinstance(layer, nn.Conv2d) else None
+        self.conv = conv_arguments(layer) if isinstance(layer, nn.Conv2d) else None
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's own operation on the quantized input and weight; shapes as in the float layer."""
@@ -89,17 +95,9 @@ class IntegerLayer(nn.Module):
         return apply_layer(x, weight, self.bias, self.conv)
 
 
-def apply_layer(x: Tensor, weight: Tensor, bias: Tensor | None, conv: tuple | None) -> Tensor:
+def apply_layer(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv | None) -> Tensor:
     """A convolution with these arguments, or a linear map if there are none."""
-    return F.linear(x, weight, bias) if conv is None else F.conv2d(x, weight, bias, *conv)
-
-
-def _conv_arguments(layer: nn.Conv2d) -> tuple:
-    if layer.padding_mode != "zeros":
-        raise ValueError(
-            f"padding mode {layer.padding_mode!r} is not supported; pad with a module before the convolution"
-        )
-    return layer.stride, layer.padding, layer.dilation, layer.groups
+    return F.linear(x, weight, bias) if conv is None else convolve(x, weight, bias, conv)
 
 
 def swap(net: nn.Module, name: str, new: nn.Module) -> None:
@@ -114,8 +112,11 @@ def quant_layers(net: nn.Module) -> Iterator[tuple[str, QuantLayer]]:
 
 
 @torch.no_grad()
-def _visit(net: nn.Module, x: Tensor, look: Callable[[str, QuantLayer, Tensor], None]) -> None:
-    """One pass over ``x`` in eval mode; ``look(name, layer, input)`` is called before each quantized layer runs."""
+def _visit(net: nn.Module, x: Tensor, look: Callable[[str, QuantLayer, Tensor], None], measure: bool = False) -> None:
+    """One pass over ``x`` in eval mode; ``look(name, layer, input)`` is called before each quantized layer runs.
+
+    With ``measure`` each BatchNorm takes its running statistics from this pass.
+    """
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda layer, inputs: look(name, cast(QuantLayer, layer), inputs[0])
@@ -124,22 +125,40 @@ def _visit(net: nn.Module, x: Tensor, look: Callable[[str, QuantLayer, Tensor], 
     training = net.training
     try:
         net.eval()
-        net(x)
+        with measured_norms(net) if measure else nullcontext():
+            net(x)
     finally:
         net.train(training)
         for handle in handles:
             handle.remove()
 
 
+@contextmanager
+def measured_norms(net: nn.Module) -> Iterator[None]:
+    """In here a pass sets the running statistics of each BatchNorm to those of its batch, whatever they were."""
+    norms: list[Any] = [m for m in net.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None]
+    before = [(norm.training, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    try:
+        for norm in norms:
+            # A copy, so that the batches of training alone are counted.
+            norm.training, norm.momentum, norm.num_batches_tracked = True, 1.0, norm.num_batches_tracked.clone()
+        yield
+    finally:
+        for norm, kept in zip(norms, before, strict=True):
+            norm.training, norm.momentum, norm.num_batches_tracked = kept
+
+
 def calibrate(net: nn.Module, x: Tensor) -> None:
     """Fit every quantizer of the network in one forward pass over ``x`` (float [B, C, H, W]).
 
     An activation quantizer is fitted when the pass reaches it, so it sees the input that the quantized layers before it make.
-    Running statistics do not move.
+    The quantizer of a layer that runs several times is fitted to all its inputs. Running statistics do not move, unless quantized
+    weights have another scale than the float ones (`Quantizer.rescales`): then those of every BatchNorm are taken from this pass.
 
     Raises:
         RunFailed: A weight or an input is NaN or infinite.
     """
+    inputs: dict[str, list[Tensor]] = {}
 
     def fit(name: str, layer: QuantLayer, value: Tensor) -> None:
         for what, tensor in (("weight", layer.weight), ("input", value)):
@@ -151,9 +170,32 @@ def calibrate(net: nn.Module, x: Tensor) -> None:
         if layer.weight_quantizer is not None:
             layer.weight_quantizer.fit(layer.weight)
         if layer.act_quantizer is not None:
-            layer.act_quantizer.fit(value)
+            seen = inputs.setdefault(name, []) if layer.act_quantizer.site.calls > 1 else []
+            seen.append(_flushed(value))
+            layer.act_quantizer.fit(_joined(seen))
 
-    _visit(net, x, fit)
+    rescaled = any(
+        layer.weight_quantizer.rescales for _, layer in quant_layers(net) if layer.weight_quantizer is not None
+    )
+    _visit(net, x, fit, measure=rescaled)
+
+
+def _flushed(x: Tensor) -> Tensor:
+    """The tensor; all zeros if none of its values is larger than the denormal floats, for which no step is small enough."""
+    return x if bool((x.abs() >= torch.finfo(torch.float32).tiny).any()) else torch.zeros_like(x)
+
+
+def _joined(inputs: Sequence[Tensor]) -> Tensor:
+    """All inputs of a layer as one, [B, C, positions, 1], so that what is measured by image or channel still is.
+
+    Calls on different numbers of images cannot be joined; then it is the input with the widest range.
+    """
+    if len(inputs) == 1:
+        return inputs[0]
+    if len({len(x) for x in inputs}) > 1:
+        return max(inputs, key=lambda x: float(x.abs().max()))
+    flat = [x.movedim(channel_dim(x), 1).reshape(len(x), x.shape[channel_dim(x)], -1) for x in inputs]
+    return torch.cat(flat, dim=2)[..., None]
 
 
 def audit(net: nn.Module, x: Tensor) -> dict[str, tuple[int | None, int | None]]:

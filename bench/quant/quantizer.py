@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..hooks import OF_QUANTIZER, guard
 from ..site import Site
 
 Decode = Callable[[Tensor], Tensor]
@@ -68,6 +69,9 @@ class Quantizer(nn.Module):
 
     random: bool = False
     """Whether in training one input may be quantized in two ways; what was used is then kept, and not made again by `redo`."""
+    rescales: bool = False
+    """Whether a quantized weight has another scale than the float one, which the norm behind the layer undoes. The statistics of
+    all BatchNorms then start from the calibrated network instead of the float network."""
     of: Literal["weight", "input"] = "weight"
     """What it quantizes; set by the layer that it is placed in."""
 
@@ -77,8 +81,14 @@ class Quantizer(nn.Module):
         self.qmin = -(2 ** (bits - 1)) if signed else 0
         self.qmax = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        guard(cls, Quantizer, OF_QUANTIZER)
+
     def fit(self, x: Tensor) -> None:
         """Set the state from a real tensor. The harness calls it once, on the shared probe batch, before training.
+
+        If the layer runs several times in a pass, each call fits the quantizer again, to all inputs so far.
 
         A quantizer that fits itself in the first training step makes the ranks of a distributed run diverge.
         """

@@ -236,6 +236,14 @@ def test_every_parameter_is_in_one_group(optimizer: str, plug: Plug) -> None:
     assert method.gain.item() != 1.0
 
 
+def test_a_parameter_of_two_modules_is_stepped_once() -> None:
+    """A shared slope would move twice as far in each update as the others."""
+    net = nn.Sequential(nn.PReLU(), nn.PReLU())
+    net[1].weight = net[0].weight
+    groups = Method().param_groups(net)
+    assert [p for group in groups for p in group["params"]] == [net[0].weight]
+
+
 def test_a_quantizers_groups_set_its_learning_rate(plug: Plug, tmp_path: Path) -> None:
     """``Quantizer.groups`` would have no effect: a step whose rate shall be a hundredth would diverge."""
     plug("""
@@ -309,6 +317,9 @@ BREAKS = {
     "loss": "def losses(self, out, batch): return {'task': super(type(self), self).losses(out, batch)['task'] * float('nan')}",
     "step": BREAK_AT_THE_END.format("0.0"),
     "nan": BREAK_AT_THE_END.format("float('nan')"),
+    "weight": BREAK_AT_THE_END.format("1.0") + "; run.net.layer1[0].conv1.weight[0, 0, 0, 0] = float('inf')",
+    "norm": BREAK_AT_THE_END.format("1.0") + "; run.net.bn1.running_var[0] = float('inf')",
+    "logits": BREAK_AT_THE_END.format("1.0") + "; run.net.head.bias[:] = torch.tensor([3e38, -3e38, 3e38, -3e38])",
 }
 
 
@@ -318,6 +329,9 @@ BREAKS = {
         ("loss", "diverged: train/task is nan in epoch 0"),
         ("step", "diverged: step collapsed to zero in head.weight_quantizer in epoch 0"),
         ("nan", "diverged: step is not finite in head.weight_quantizer in epoch 0"),
+        ("weight", "diverged: layer1.0.conv1.weight is not finite in epoch 0"),
+        ("norm", "diverged: bn1.running_var is not finite in epoch 0"),
+        ("logits", "diverged: val/loss is inf in epoch 0"),
     ],
 )
 def test_a_run_that_diverges_ends_with_its_reason(what: str, reason: str, plug: Plug, tmp_path: Path) -> None:

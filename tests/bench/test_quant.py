@@ -35,6 +35,7 @@ from qatbench.bench.quant import (
     snap,
     swap,
 )
+from qatbench.bench.quant.layer import _joined
 from qatbench.bench.quant.quantizer import finite_state, step_of
 from qatbench.bench.registry import ROOT, find, plugins
 from qatbench.bench.site import Site
@@ -463,6 +464,60 @@ def test_a_tensor_with_nan_fails_the_run_with_its_layers_name(where: str) -> Non
         (net[0].weight if where == "weight" else x)[0, 0] = float("nan")
     with pytest.raises(RunFailed, match=f"the {where} of 0 is not finite"):
         calibrate(net, x)
+
+
+class Twice(nn.Module):
+    """A convolution that runs twice, on a wide input and on a narrow one."""
+
+    def __init__(self, narrow: float = 2e-4, pool: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 10)
+        self.narrow, self.pool = narrow, pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x).relu()).relu()
+        again = self.narrow * (nn.functional.avg_pool2d(y, 2) if self.pool else y)
+        return self.head(y.mean((2, 3)) + self.b(again).mean((2, 3)))
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("method", ["ptq", "lsq", "lsqplus", "n2uq"])
+def test_a_layer_that_runs_twice_is_fitted_to_both_inputs(method: str, pool: bool) -> None:
+    """The last call would win: a grid for inputs of 1e-4 would clip those of 1, and eight bits be worse than one."""
+    torch.manual_seed(0)
+    net, x = Twice(pool=pool), torch.randn(16, 3, 8, 8)
+    batch = Batch(x, torch.zeros(16, dtype=torch.int64), torch.zeros(16, dtype=torch.int64))
+    made = assemble(RunSpec(method=method, bits="w8a8"), net, ONE_DOMAIN, batch)
+    quantizer = made.net.get_submodule("b").act_quantizer
+    assert isinstance(quantizer, Quantizer)
+    with torch.no_grad():
+        wide = made.net.get_submodule("a")(x).relu()
+        error = (quantizer.eval()(wide) - wide).abs().mean() / wide.abs().mean()
+    assert float(error) < (0.15 if method == "lsq" else 0.03)  # its fit clips more than the others
+
+
+def test_inputs_of_a_layer_are_joined_image_by_image() -> None:
+    """A quantizer with statistics by domain or channel would measure one image's values as another's."""
+    maps = [torch.randn(2, 3, 4, 4), torch.randn(2, 3, 2, 2)]
+    assert torch.equal(_joined(maps)[1, 2].flatten(), torch.cat([m[1, 2].flatten() for m in maps]))
+    tokens, rows = [torch.randn(2, 5, 3), torch.randn(2, 4, 3)], [torch.randn(2, 3), torch.randn(2, 3)]
+    assert torch.equal(_joined(tokens)[1, 2].flatten(), torch.cat([t[1, :, 2] for t in tokens]))
+    assert torch.equal(_joined(rows)[1, 2].flatten(), torch.stack([r[1, 2] for r in rows]))
+    assert _joined([maps[0], 9 * maps[0][:1]]) is not None
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("name", EVERY)
+def test_denormal_inputs_count_as_zeros(name: str, bits: int) -> None:
+    """A dead layer whose outputs are some 1e-42 would end the run with a message of torch, or with a step of 0."""
+    x = torch.tensor([[0.0, 1e-42, 3e-43, 7e-45], [1e-42, 0.0, 1e-45, 1e-40]])
+    check_codes(name, fitted(EVERY[name], bits, x), x)
+    if " act " in name:
+        layer = QuantLayer(nn.Linear(4, 2), None, EVERY[name](bits))
+        calibrate(nn.Sequential(layer), x)
+        assert layer.act_quantizer is not None
+        assert finite_state(layer.act_quantizer) is None
+        check_codes(name, layer.act_quantizer.eval(), x)
 
 
 def test_deployed_is_a_copy_in_eval_mode() -> None:

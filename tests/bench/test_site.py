@@ -241,3 +241,149 @@ def test_a_joint_of_changing_width_is_refused():
 
     with pytest.raises(ValueError, match="joint joins branches of different widths"):
         find_sites(Widths(), IMAGE)
+
+
+# --- what would be lost or left out
+
+
+class Standardised(nn.Conv2d):
+    """Weight standardisation, as a subclass."""
+
+    def forward(self, x):
+        return F.conv2d(x, (self.weight - self.weight.mean()) / self.weight.std(), self.bias, 1, 1)
+
+
+class PadsItself(nn.Conv2d):
+    """TensorFlow's padding, where the convolution itself is made."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(F.pad(x, (0, 1, 0, 1)), weight, bias)
+
+
+class Renamed(nn.Conv2d):
+    """A subclass that changes nothing."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3, padding=1)
+
+    def extra_repr(self):
+        return "renamed"
+
+
+def conv() -> nn.Conv2d:
+    return nn.Conv2d(4, 4, 3, padding=1)
+
+
+def hooked(which: str) -> nn.Conv2d:
+    layer = conv()
+    getattr(layer, f"register_{which}_hook")(lambda *_: None)
+    return layer
+
+
+def with_own_forward() -> nn.Conv2d:
+    layer = conv()
+    layer.forward = lambda x: 2 * x
+    return layer
+
+
+def with_a_plain_weight() -> nn.Conv2d:
+    layer = conv()
+    weight = layer.weight.detach()
+    del layer.weight
+    layer.register_buffer("weight", weight)
+    return layer
+
+
+class Middle(nn.Module):
+    """A network around one layer; ``twist(net, y)`` comes behind it, with ``net.extra`` [4, 4, 1, 1] at hand."""
+
+    def __init__(self, layer, twist=lambda net, y: y):
+        super().__init__()
+        self.stem, self.layer, self.head = nn.Conv2d(3, 4, 1), layer, nn.Linear(4, 5)
+        self.extra = nn.Parameter(torch.randn(4, 4, 1, 1))
+        self.register_buffer("fixed", torch.randn(4, 1, 3, 3))
+        self.twist = twist
+
+    def forward(self, x):
+        return self.head(self.twist(self, self.layer(self.stem(x)).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (Standardised(4, 4, 3, padding=1), "layer is a Standardised, and quantization would lose its own forward"),
+        (PadsItself(4, 4, 2), "its own _conv_forward"),
+        (with_own_forward(), "its own forward"),
+        (nn.utils.parametrizations.weight_norm(conv()), "the parametrization of its weight"),
+        (nn.utils.parametrizations.spectral_norm(conv()), "the parametrization of its weight"),
+        (nn.utils.spectral_norm(conv()), "its hooks"),
+        (hooked("forward"), "its hooks"),
+        (hooked("forward_pre"), "its hooks"),
+        (hooked("full_backward"), "its hooks"),
+        (with_a_plain_weight(), "layer has a weight that is no nn.Parameter"),
+        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), "padding mode 'circular'"),
+    ],
+    ids=lambda value: value[-20:] if isinstance(value, str) else type(value).__name__,
+)
+def test_a_layer_that_is_more_than_its_class_is_refused(layer, message):
+    """Broken: it would be replaced by the plain operation, and a network of 60 % would be one of 10 % at eight bits."""
+    with pytest.raises(ValueError, match=message):
+        find_sites(Middle(layer), IMAGE)
+
+
+def test_a_harmless_subclass_is_a_layer():
+    """Broken: a network with a convenience class of its own would be refused for nothing."""
+    assert [s.name for s in find_sites(Middle(Renamed(4)), IMAGE) if s.kind == "layer"] == ["stem", "layer", "head"]
+
+
+def test_a_shared_weight_is_refused():
+    """Broken: it would be counted twice, so that a network has less than no bytes, and stepped twice an update."""
+    for shared in (lambda p: p, lambda p: nn.Parameter(p.data)):
+        net = Middle(conv())
+        net.other = conv()
+        net.other.weight = shared(net.layer.weight)
+        with pytest.raises(ValueError, match=r"layer.weight and other.weight are one tensor; keep it in one layer"):
+            find_sites(net, IMAGE)
+
+
+@pytest.mark.parametrize(
+    ("twist", "message"),
+    [
+        (lambda net, y: F.conv2d(y, net.extra), "calls conv2d with extra outside of its layers"),
+        (lambda net, y: F.conv2d(y, 0.1 * net.extra), "calls conv2d with extra"),
+        (lambda net, y: F.conv2d(y, net.extra * y.mean()), "calls conv2d outside"),
+        (lambda net, y: F.conv2d(y, net.fixed, groups=4), "calls conv2d with fixed"),
+        (lambda net, y: F.conv2d(y, net.layer.weight, padding=1), "calls conv2d with layer.weight"),
+        (lambda net, y: (net.extra[:, :, 0, 0] @ y.flatten(2)).view_as(y), "matmul__ with extra|matmul with extra"),
+        (lambda net, y: torch.einsum("oi,bihw->bohw", net.extra.flatten(1), y), "calls einsum with extra"),
+        (lambda net, y: F.linear(y.movedim(1, -1), net.extra.flatten(1)).movedim(-1, 1), "calls linear with extra"),
+    ],
+)
+def test_a_product_outside_of_the_layers_is_refused(twist, message):
+    """Broken: it would stay in float, be in no plan and no cost, and the layer behind it would count as the first."""
+    with pytest.raises(ValueError, match=message):
+        find_sites(Middle(conv(), twist), IMAGE)
+
+
+@pytest.mark.parametrize(
+    "twist",
+    [
+        lambda net, y: y * net.extra[:, 0].view(1, -1, 1, 1),
+        lambda net, y: (y.flatten(2) @ y.flatten(2).mT @ y.flatten(2)).view_as(y),
+    ],
+    ids=["scale", "attention"],
+)
+def test_what_is_no_product_with_weights_is_left_alone(twist):
+    """Broken: a learned scale, or attention among activations, would be refused though nothing of it can be quantized."""
+    assert len(find_sites(Middle(conv(), twist), IMAGE)) == 4
+
+
+def test_calls_are_counted():
+    """Broken: the quantizer of a layer that runs several times would be fitted to its last input alone."""
+    assert [site.calls for site in find_sites(Twice(), IMAGE)] == [3, 2, 2]
+
+
+def test_an_input_by_keyword_is_refused():
+    """Broken: hooks see no such input, and the message would be that of a list without elements."""
+    with pytest.raises(ValueError, match="layer is given its input as a keyword"):
+        find_sites(Middle(conv(), lambda net, y: net.layer(input=y)), IMAGE)

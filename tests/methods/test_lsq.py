@@ -35,7 +35,7 @@ def test_n_counts_weights_and_features_of_one_image() -> None:
     weight, act = module.weight_quantizer, module.act_quantizer
     assert weight.grad_scale == pytest.approx(1 / math.sqrt(module.weight.numel() * 3))
     assert act.grad_scale == pytest.approx(1 / math.sqrt(layer.inputs * 7))
-    assert layer.inputs == 4 * 8 * 8  # width 4, 8x8 images
+    assert layer.inputs == 8 * 8 * 8  # width 8, 8x8 images
 
 
 def test_the_starting_step_is_the_papers() -> None:
