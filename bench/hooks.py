@@ -16,7 +16,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from .errors import RunFailed
+from .errors import RunFailed, UserError
 from .spec import WIDTHS, FirstLast, Frozen
 
 Check = Callable[..., str | None]
@@ -64,7 +64,7 @@ def _guarded(hook: Callable[..., Any], name: str, check: Check) -> Callable[...,
 
 
 class failing_as:  # noqa: N801  a context manager, written as a class: a generator could not pass on a StopIteration
-    """Turn whatever is raised in here, but Ctrl-C, into a `RunFailed` that names the hook."""
+    """Turn whatever is raised in here, but Ctrl-C and a word to the user, into a `RunFailed` that names the hook."""
 
     def __init__(self, owner: Any, name: str) -> None:
         self.owner, self.name = owner, name
@@ -73,7 +73,7 @@ class failing_as:  # noqa: N801  a context manager, written as a class: a genera
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is None or isinstance(error, RunFailed | KeyboardInterrupt):
+        if error is None or isinstance(error, RunFailed | UserError | KeyboardInterrupt):
             return
         text = " ".join(str(error).split())
         raise RunFailed(
@@ -152,8 +152,6 @@ def _losses(method: Any, result: Any, *_: Any, **__: Any) -> str | None:
     named = isinstance(result, Mapping) and bool(result) and all(isinstance(name, str) for name in result)
     if not named or not all(isinstance(v, Tensor) and v.ndim == 0 and v.is_floating_point() for v in result.values()):
         return "a dict of names and scalar losses, float []"
-    if torch.is_grad_enabled() and not any(v.requires_grad for v in result.values()):
-        return "losses that have a gradient"
     return None
 
 

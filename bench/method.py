@@ -430,7 +430,10 @@ class Method(L.LightningModule):
                 out = _forward(self.net, batch.x, self.tap_names)
             if self._teachers:
                 out = Out(out.logits, out.taps, self._teach(batch))
-            return self.losses(out, batch)
+            losses = self.losses(out, batch)
+        if torch.is_grad_enabled() and not any(loss.requires_grad for loss in losses.values()):
+            raise RunFailed(f"{self.name}.losses returned losses without a gradient, so nothing can be trained")
+        return losses
 
     def _teach(self, batch: Batch) -> dict[str, Out]:
         # What the student shall agree with whatever the augmentation is shown the other view. The float network is not: what it

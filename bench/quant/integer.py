@@ -138,11 +138,16 @@ class IntegerReport:
         layers: Layer -> largest ``|integer - fake-quantized|``, in roundings of float32: of `_rounding` each.
         agreement: Share of the images whose predicted class is the same when all layers run on integers.
         images: How many there were.
+        ties: How many of them have a value so near a rounding boundary that the rounding errors of float32 put it on the other
+            side. Which images these are depends on the CPU; a code more or less may change the prediction.
+        agreement_without_ties: `agreement` of the other images; 1 unless something is wrong.
     """
 
     layers: dict[str, float]
     agreement: float
     images: int
+    ties: int
+    agreement_without_ties: float
 
 
 @torch.no_grad()
@@ -158,12 +163,15 @@ def check_integers(
     """
     predict = predict or (lambda net, x: net(x))
     layers: dict[str, float] = {}
+    codes: dict[str, list[Tensor]] = {}
 
     def compare(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             assert isinstance(layer, QuantLayer)
             error = (integer_forward(layer, inputs[0]) - output).abs() / _rounding(layer, inputs[0])
             layers[name] = max(layers.get(name, 0.0), float(error.max()))
+            if layer.act_quantizer is not None:
+                codes.setdefault(name, []).append(layer.act_quantizer.encode(inputs[0])[0].short())
 
         return hook
 
@@ -174,9 +182,45 @@ def check_integers(
     finally:
         for handle in handles:
             handle.remove()
-    theirs = predict(integer_net(net), x).argmax(1)
+    integers, found = integer_net(net), torch.zeros(len(x), dtype=torch.int8)
+    for name, module in integers.named_modules():
+        if isinstance(module, IntegerReference) and name in codes:
+            module.register_forward_pre_hook(_tie_finder(module, codes[name], found))
+    same = ours == predict(integers, x).argmax(1)
     net.train(training)
-    return IntegerReport(layers, float((ours == theirs).double().mean()), len(x))
+    clear = same[found != TIE]
+    without = float(clear.double().mean()) if len(clear) else 1.0
+    return IntegerReport(layers, float(same.double().mean()), len(x), int((found == TIE).sum()), without)
+
+
+NEAR = 2.0**-16  # relative distance that rounding errors of float32 may add up to on the way from one layer to the next
+TIE, WRONG = 1, 2
+
+
+def _tie_finder(reference: IntegerReference, codes: list[Tensor], found: Tensor) -> Callable[..., None]:
+    """A forward pre-hook that tells which images have other codes than ``codes``, and whether rounding errors explain it.
+
+    Args:
+        reference: The layer on integers.
+        codes: Of the fake-quantized network's inputs of this layer, one tensor for each call; taken one by one.
+        found: int8 [B], of all layers together: 0, or what the first difference in an image is: a `TIE` on a rounding boundary, or
+            `WRONG`. What follows in that image shows nothing.
+    """
+    quantizer = reference.layer.act_quantizer
+    assert quantizer is not None
+
+    def look(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x, ours = inputs[0], codes.pop(0)
+        reach = NEAR * (x.abs() + x.abs().max())
+        one, other = (quantizer.encode(x + side)[0].short() for side in (-reach, reach))
+        near = (one.minimum(other) <= ours) & (ours <= one.maximum(other))
+        differ = (quantizer.encode(x)[0].short() != ours).flatten(1).any(1)
+        kind = torch.where(near.flatten(1).all(1), TIE, WRONG) * differ
+        if len(x) != len(found):  # its first dimension is not that of the images
+            kind = kind.max().expand(len(found))
+        found.copy_(torch.where(found == 0, kind, found))
+
+    return look
 
 
 def _rounding(layer: QuantLayer, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from qatbench.bench.data import Batch
 from qatbench.bench.method import Wrapper
 from qatbench.bench.quant import Quantizer, QuantLayer, Scope, UniformQuantizer
-from qatbench.bench.quant.integer import check_integers, integer_forward
+from qatbench.bench.quant.integer import IntegerReport, check_integers, integer_forward
 from qatbench.bench.quant.levels import Levels, read_levels
 from qatbench.bench.registry import plugins
 from qatbench.bench.site import Site
@@ -80,7 +80,8 @@ def test_every_method_is_integers(method: str, tmp_path: Path) -> None:
             made.net, batch.x, lambda net, x, made=made, batch=batch: made.predict(net, Batch(x, batch.y, batch.domain))
         )
         assert max(found.layers.values()) <= ROUNDINGS, (width, found.layers)
-        assert found.agreement >= 0.995, width
+        assert found.agreement_without_ties == 1.0, width
+        assert found.agreement >= 0.9, width  # which codes are ties depends on the CPU
         assert found.images == len(batch)
 
 
@@ -116,6 +117,42 @@ def test_a_wrong_code_is_found() -> None:
     )
     found = check_integers(made.net, all_train(data).x)
     assert found.layers["layer1.0.conv1"] > 100 * ROUNDINGS
+
+
+def test_a_tie_is_told_from_a_wrong_code() -> None:
+    """Images on a rounding boundary would fail the check on some CPUs; or a real difference would be excused as such."""
+
+    def report(shift: float) -> IntegerReport:
+        torch.manual_seed(0)
+        step = UniformQuantizer(4, SITE, Scope(), True)
+        step.step.fill_(0.25)
+        first = QuantLayer(nn.Linear(4, 4, bias=False), UniformQuantizer(8, SITE, Scope(), True), None)
+        second = QuantLayer(nn.Linear(4, 4, bias=False), UniformQuantizer(8, SITE, Scope(), True), step)
+        with torch.no_grad():
+            first.weight.copy_(torch.eye(4) * 127 / 128)
+        for layer in (first, second):
+            assert layer.weight_quantizer is not None
+            layer.weight_quantizer.fit(layer.weight)
+        net = nn.Sequential(first, Shift(shift), second).eval()
+        x = torch.full((3, 4), 0.1)
+        x[1] = 0.375 * 128 / 127  # three halves of a step
+        return check_integers(net, x)
+
+    assert report(0.0).ties in (0, 1)
+    assert report(0.0).agreement_without_ties == 1.0
+    assert report(0.2).ties == 0
+
+
+class Shift(nn.Module):
+    """Adds a number in float64, that is to say in the integer reference, alone."""
+
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        self.shift, self.calls = shift, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x + self.shift * (self.calls > 1)
 
 
 def test_levels_of_a_grid() -> None:

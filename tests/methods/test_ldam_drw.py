@@ -60,7 +60,7 @@ def test_ldam_drw_without_margin_is_cross_entropy_of_scaled_cosines() -> None:
     method.scope.epochs = 10
     features: list[torch.Tensor] = []
     head = method.net.get_submodule("head")
-    head.linear = nn.Linear(16, 4, bias=False)  # in float
+    head.linear = nn.Linear(32, 4, bias=False)  # in float
     head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
     found = logits(method, method.net, method.probe)
     cosines = F.cosine_similarity(features[0][:, None], head.linear.weight[None], dim=2)
