@@ -8,9 +8,11 @@ import sys
 
 def main() -> None:
     """Run the command line; a wrong request is one line on stderr and exit status 2, Ctrl-C is 130."""
+    from .bench.alone import leave_cluster
     from .bench.errors import UserError
     from .cli import Interrupted, app, usage_line
 
+    leave_cluster()
     try:
         status = app(prog_name="qatbench", standalone_mode=False)
         sys.stdout.flush()  # else a reader that has gone is noticed only when Python ends

@@ -15,7 +15,10 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from .alone import unseen
 from .data import DataModule
 from .errors import RunFailed
 from .method import Method
@@ -188,6 +191,26 @@ def selected(rule: str, folder: Path, domains: Sequence[str]) -> dict[Path | Non
     return groups
 
 
+class OneProcess(LightningEnvironment):
+    """The only process there is. Given to a trainer, so that it does not look for a cluster."""
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        """No process was started by somebody else."""
+        return False
+
+    def local_rank(self) -> int:
+        """The first on this machine."""
+        return 0
+
+    def node_rank(self) -> int:
+        """On the first machine."""
+        return 0
+
+    def teardown(self) -> None:
+        """Leave the variables of the process as they are."""
+
+
 def make_trainer(
     device: torch.device, epochs: int = 1, callbacks: list[L.Callback] | None = None, **settings: Any
 ) -> L.Trainer:
@@ -195,19 +218,22 @@ def make_trainer(
     logging.getLogger("lightning.pytorch").setLevel(
         logging.WARNING
     )  # at INFO it names devices and advertises, for each trainer
-    return L.Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=[device.index or 0] if device.type == "cuda" else 1,
-        max_epochs=epochs,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        **settings,
-    )
+    rank_zero_only.rank = 0  # type: ignore[attr-defined]  or else its warnings would be kept from us
+    with unseen():
+        return L.Trainer(
+            accelerator="gpu" if device.type == "cuda" else "cpu",
+            devices=[device.index or 0] if device.type == "cuda" else 1,
+            plugins=[OneProcess()],
+            max_epochs=epochs,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            **settings,
+        )
 
 
 def save(path: Path, value: Any) -> None:

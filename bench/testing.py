@@ -27,6 +27,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from .alone import environment
 from .assemble import assemble
 from .chain import build, members
 from .data import Batch, DataModule, Domain, Loaded
@@ -383,7 +384,7 @@ def two_ranks(
         processes = []
         for rank in (0, 1):
             command = [sys.executable, "-m", __name__, method, plugin or "", str(folder), norm, str(steps or "")]
-            env = {**os.environ, **place, "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+            env = {**environment(), **place, "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
             log = open(Path(meeting) / f"{rank}.txt", "w")  # noqa: SIM115
             processes.append((subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=meeting), log))
         for rank, (process, log) in enumerate(processes):
@@ -428,6 +429,7 @@ def check_ranks(method: str, folder: Path, steps: int = 4) -> None:
 
 def _one_rank(method_name: str, plugin: str, folder: str, norm: str, steps: str) -> None:
     """What each process of `two_ranks` does."""
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
     from lightning.pytorch.strategies import DDPStrategy
 
     torch.set_num_threads(1)
@@ -446,9 +448,9 @@ def _one_rank(method_name: str, plugin: str, folder: str, norm: str, steps: str)
     before = parameters()
     strategy = DDPStrategy(process_group_backend="gloo")
     trainer = L.Trainer(
-        accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, use_distributed_sampler=False,
-        limit_train_batches=int(steps) if steps else None,
+        accelerator="cpu", devices=2, strategy=strategy, plugins=[LightningEnvironment()], max_epochs=1, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        use_distributed_sampler=False, limit_train_batches=int(steps) if steps else None,
     )  # fmt: skip
     trainer.fit(method, data)
     torch.save({"before": before, "after": parameters()}, Path(folder) / f"rank{rank}.pt")

@@ -29,6 +29,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from ..bench.alone import environment
 from ..bench.errors import UserError
 from ..bench.resolve import Resolved
 from ..bench.spec import SuiteSpec
@@ -152,7 +153,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env={**os.environ, **place},
+            env={**environment(), **place},
             start_new_session=True,  # Ctrl-C is for the parent; and what a run started can be ended with it
         )
         self._send(setting)
