@@ -144,6 +144,8 @@ def _attempt(
         record |= {"status": "failed", "reason": f"{error}; take a smaller lr"}
     except (RunFailed, torch.OutOfMemoryError, MemoryError) as error:
         record |= {"status": "failed", "reason": one_line(error)}
+        if error.__cause__ is not None:  # a hook raised it: its line in the plugin is in the traceback
+            log.error("%s", scrub(traceback.format_exc()))
     except UserError:
         tracker.finish(failed=True)
         raise

@@ -168,7 +168,7 @@ def test_failed_run_has_status_1_and_names_its_log(cli, tmp_path) -> None:
     )
     answer = cli("run", *TINY, "--plugin", plugin, "--method", "broken", "--no-wandb", "--store", tmp_path / "runs")
     assert answer.status == 1
-    assert "failed: ValueError: no [luck] today" in answer.out
+    assert "failed: broken.step raised ValueError: no [luck] today" in answer.out
     log = Path(answer.out.split("log: ")[1].strip())
     assert "no [luck] today" in log.read_text()
     assert str(plugin) in log.read_text()

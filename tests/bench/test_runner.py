@@ -218,7 +218,7 @@ def test_failure_is_recorded_and_others_go_on(tmp_path: Path, monkeypatch: pytes
     store = Store(tmp_path / "runs")
     record = go(store, "raises")
     assert (record["status"], record["metrics"], record["cost"]) == ("failed", {}, {})
-    assert record["reason"] == "ValueError: the key is ***"
+    assert record["reason"] == "raises.losses raised ValueError: the key is ***"
     log = Path(record["provenance"]["log"])
     assert log == store.log_path(record["run_id"])
     text = log.read_text()
@@ -244,7 +244,7 @@ def test_failed_run_may_succeed_later(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("EPOCHS", str(tmp_path))  # a directory: it cannot be written to
     failed = go(store, "fragile")
     assert failed["status"] == "failed"
-    assert failed["reason"].startswith("IsADirectoryError")
+    assert failed["reason"].startswith("fragile.epoch_start raised IsADirectoryError")
     monkeypatch.setenv("EPOCHS", str(tmp_path / "epochs.txt"))
     done = go(store, "fragile")
     assert (done["status"], done["run_id"], done["reason"]) == ("done", failed["run_id"], None)

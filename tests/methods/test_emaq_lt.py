@@ -349,8 +349,9 @@ def test_emaq_lt_7_without_its_parts_it_is_emaq() -> None:
     ours, data = ready("emaq-lt", params={"emaq-lt": off})
     theirs, _ = ready("emaq", params={"emaq": {}})
     batches = list(data.train_dataloader())[:2]
-    assert Loop(ours, data).epoch(batches) == Loop(theirs, data).epoch(batches)
-    assert torch.equal(logits(ours, ours.net, ours.probe), logits(theirs, theirs.net, theirs.probe))
+    assert Loop(ours, data).epoch(batches) == pytest.approx(Loop(theirs, data).epoch(batches), rel=1e-5)
+    mine, other = logits(ours, ours.net, ours.probe), logits(theirs, theirs.net, theirs.probe)
+    torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
 # --- (g) 8: the lists; the rest is in tests/bench/test_longtail.py
@@ -597,13 +598,13 @@ def test_the_test_is_made_before_training_and_every_so_many_epochs() -> None:
 def test_the_weights_are_those_of_the_test(caplog: pytest.LogCaptureFixture) -> None:
     """What was measured would not reach the loss, or not outlive the run that measured it."""
     caplog.set_level(logging.INFO, logger="qatbench")
-    method, data = ready("emaq-lt")
+    method, data = ready("emaq-lt", params={"emaq-lt": {"zeta": 0.9}})
     before = method.omega.clone()
     loop = Loop(method, data)
     loop.epoch([])
     features, labels = method.features(loop.run)
     counts = method.task.class_counts
-    low, high, _ = levene_bounds(deviations(features, labels, 4), labels, counts, 0.05)
+    low, high, _ = levene_bounds(deviations(features, labels, 4), labels, counts, 0.9)
     expected = class_weights(distance(counts, low, high), counts, 0.999, "normalised")
     assert torch.equal(method.omega, expected)
     assert not torch.equal(method.omega, before)
@@ -611,16 +612,17 @@ def test_the_weights_are_those_of_the_test(caplog: pytest.LogCaptureFixture) -> 
     assert any("Levene: " in record.getMessage() for record in caplog.records)
 
 
+# At zeta=0.05 the test finds no class of the contract's images, and every omega is 1.
 SETTINGS: list[dict[str, Any]] = [
     {"conditional": False},
     {"stats": "class_ema"},
     {"s_train": "batch"},
     {"s_eval": "expected"},
     {"s_eval": "predicted"},
-    {"omega": "paper"},
-    {"omega": "cb"},
-    {"omega": "none"},
-    {"rho": 0.8},
+    {"zeta": 0.9, "omega": "paper"},
+    {"zeta": 0.9, "omega": "cb"},
+    {"zeta": 0.9, "omega": "none"},
+    {"zeta": 0.9, "rho": 0.8},
     {"zeta": 0.9},
     {"loss": "bce"},
     {"cla": "none"},

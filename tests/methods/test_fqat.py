@@ -51,10 +51,10 @@ def parameters_of(method: Any, units: list[int]) -> set[nn.Parameter]:
 # --- 1: what is frozen stands still --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-def test_fqat_1_frozen_layers_do_not_move(optimizer: str) -> None:
+@pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 0.01), ("adam", 0.001), ("adamw", 0.001)])
+def test_fqat_1_frozen_layers_do_not_move(optimizer: str, lr: float) -> None:
     """Weight decay, momentum or a moment of Adam would go on moving a layer that is said to be frozen."""
-    method, run = fqat(2, 5, optimizer=optimizer, weight_decay=0.3, params={"fqat": {}})
+    method, run = fqat(2, 5, optimizer=optimizer, lr=lr, weight_decay=0.3, params={"fqat": {}})
     method.freezing.frozen.zero_()
     method.step(run)  # the optimizer has a state now
     method.freezing.frozen[[2, 5]] = True
@@ -618,7 +618,7 @@ def test_without_scales_the_weights_are_watched() -> None:
     """fqat+dorefa would never see a gradient; or be slowed down by watching all weights."""
     method, run = fqat(1, name="fqat+dorefa", params={"fqat": {}})
     assert [p.ndim > 1 for p, _ in method.watched] == [True] * len(method.parts)
-    assert all(p.numel() == len(places[0]) for p, places in method.watched)
+    assert all(min(p.numel(), SAMPLE) == len(places[0]) for p, places in method.watched)
     method.step(run)
     weight = method.parts[0].layer.weight
     places = method.watched[0][1]

@@ -7,7 +7,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
-from qatbench.reports.flatness import SURROGATE, _footer, eigenvalue, flatness_figure, labels
+from qatbench.reports.flatness import IN_FP32, SURROGATE, _footer, eigenvalue, flatness_figure, labels
 
 RADII = [0.01, 0.1, 1.0]
 
@@ -18,7 +18,7 @@ def probed(
     mean = [rise * r**2 for r in RADII]
     return {
         "run_id": f"{abs(hash((method, bits, seed, rise))):016x}"[:16], "method": method, "bits": bits, "seed": seed,
-        "network": "resnet8", "data": "optdigits", "protocol": "mdl", "acc": 0.9, "images": 510, "loss": 0.5,
+        "network": "resnet8", "data": "optdigits", "protocol": "mdl", "precision": "fp32", "acc": 0.9, "images": 510, "loss": 0.5,
         "settings": {"radii": RADII, "directions": 3, "iterations": 5, "seed": 0, "images": 512},
         "rise": {"mean": mean, "sd": mean, "min": [-v for v in mean], "max": [2 * v for v in mean]},
         "eigenvalue": top, "residual": 0.0, "converged": True, "eps": 0.1, "crossed": None, "surrogate": False, **more,
@@ -50,6 +50,7 @@ def test_eigenvalues_of_surrogate_gradients_are_marked() -> None:
     assert eigenvalue({**own, "converged": False}) == "~12.3*"
     assert _footer([probed(), own])[1:] == [SURROGATE]
     assert len(_footer([probed()])) == 1
+    assert _footer([probed(precision="bf16")])[1:] == [IN_FP32]
     one, other = (picture([probed(), {**own, "surrogate": marked}]) for marked in (False, True))
     assert one.shape == other.shape
     assert (one != other).any()

@@ -90,7 +90,7 @@ def test_a_failing_run_is_recorded_and_the_sweep_goes_on(tmp_path, capfd):
     result, text = launch(asked, store, workers=1)
     assert (result.done, result.failed, result.left, result.exit_status) == (2, 2, 0, 1)
     records = by_method(store)
-    assert records["boom"]["reason"] == "ValueError: boom [1]"
+    assert records["boom"]["reason"] == "boom.start raised ValueError: boom [1]"
     assert records["killed"]["reason"] == "worker was killed by signal 9 (out of memory?)"
     for name in ("boom", "killed"):
         assert Path(records[name]["provenance"]["log"]).exists()
