@@ -539,9 +539,8 @@ def _watching(label: str, quiet: bool) -> Iterator[Callable[[dict[str, Any]], No
 
         def tell(event: dict[str, Any]) -> None:
             accuracy = event.get("val/acc")
-            what = f"{event['phase']} {event['epoch'] + 1}/{event['epochs']}" + (
-                f" val {accuracy:.3f}" if accuracy else ""
-            )
+            epoch = "" if event["phase"] == "traces" else f" {event['epoch'] + 1}/{event['epochs']}"
+            what = event["phase"] + epoch + (f" val {accuracy:.3f}" if accuracy else "")
             bar.update(task, completed=event["step"], total=event["steps"], what=what)
 
         yield tell

@@ -16,9 +16,17 @@ from .quant.grid import ready_to_compile
 from .site import Site, find_sites, more_than_its_class
 from .spec import FLOAT_BITS, RunSpec, parse_bits
 from .task import Task
+from .traces import Traces
 
 
-def assemble(spec: RunSpec, net: nn.Module, task: Task, probe: Batch, plan: Mapping[str, Bits] | None = None) -> Method:
+def assemble(
+    spec: RunSpec,
+    net: nn.Module,
+    task: Task,
+    probe: Batch,
+    plan: Mapping[str, Bits] | None = None,
+    traces: Traces | None = None,
+) -> Method:
     """Put a method's quantizers and modules into a float network.
 
     Every quantizer is fitted here, on one shared probe batch, before any process group exists: ranks must start equal.
@@ -29,6 +37,7 @@ def assemble(spec: RunSpec, net: nn.Module, task: Task, probe: Batch, plan: Mapp
         task: What is learned.
         probe: Unaugmented training images.
         plan: Of a checkpoint that will be loaded: surgery is repeated as it was, and nothing is calibrated.
+        traces: Where the Hessian's traces of this float network are kept; None: nowhere.
 
     Returns:
         The outermost method, attached to the network.
@@ -51,7 +60,8 @@ def assemble(spec: RunSpec, net: nn.Module, task: Task, probe: Batch, plan: Mapp
     )
     sites = [*layers, *(s for s in sites if s.kind != "layer")]
     given = plan if plan is not None else spec.plan
-    bit_plan = dict(given) if given is not None else method.plan(sites, parse_bits(spec.bits), Probe(float_net, probe))
+    measured = Probe(float_net, probe, traces or Traces())
+    bit_plan = dict(given) if given is not None else method.plan(sites, parse_bits(spec.bits), measured)
     _place(method, net, layers, bit_plan, scope)
     useless = has_effect(method, net, replaced)
     if useless:

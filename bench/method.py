@@ -26,11 +26,12 @@ from .quant import Bits, Budget, Quantizer, QuantLayer, Scope, deployed, edge_bi
 from .quant.allocate import Costs, allocate
 from .quant.layer import BATCH_NORMS
 from .quant.quantizer import finite_state, step_of
-from .quant.sensitivity import hessian_trace, second_order
+from .quant.sensitivity import second_order
 from .seeds import seed_for
 from .site import Site
 from .spec import FLOAT_BITS, Frozen, RunSpec
 from .task import Task, combine
+from .traces import Traces
 
 if TYPE_CHECKING:
     from .data import Batch, DataModule
@@ -88,10 +89,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Probe:
-    """What `Method.plan` may measure: the float network and a batch of unaugmented training images."""
+    """What `Method.plan` may measure: the float network and a batch of unaugmented training images.
+
+    Attributes:
+        net: The float network; `dataclasses.replace` gives a probe of another one.
+        batch: The images.
+        kept: Where Hessian traces that were measured are kept.
+    """
 
     net: nn.Module
     batch: Batch
+    kept: Traces = field(default_factory=Traces)
 
     def loss(self, task: Task) -> Callable[[Batch], Tensor]:
         """The float network's mean loss on a batch, in eval mode: a function that `bench.quant.sensitivity` takes."""
@@ -101,6 +109,18 @@ class Probe:
     def weights(self, sites: Sequence[Site]) -> dict[str, Tensor]:
         """The float weight of each of these layers."""
         return {site.name: self.net.get_parameter(f"{site.name}.weight") for site in sites}
+
+    def hessian_traces(self, task: Task, sites: Sequence[Site], seed: int, probes: int = 50) -> dict[str, float]:
+        """Trace of the Hessian of `loss` in the weight of each of these layers, measured once a float network (`Traces`).
+
+        Args:
+            task: Whose loss.
+            sites: The layers.
+            seed: Of the run; all runs of one seed share the random vectors.
+            probes: Random vectors.
+        """
+        seed = seed_for("sensitivity", seed)
+        return self.kept.of(self.net, self.loss(task), self.batch, self.weights(sites), probes, seed)
 
 
 class Run:
@@ -276,9 +296,8 @@ class Method(L.LightningModule):
             widths: The candidates.
             probe: Float network and probe batch.
         """
-        weights, seed = probe.weights(sites), seed_for("sensitivity", self.spec.seed)
-        traces = hessian_trace(probe.loss(self.task), probe.batch, weights, seed=seed)
-        return second_order(traces, weights, widths, self.quantized(sites, probe))
+        traces = probe.hessian_traces(self.task, sites, self.spec.seed)
+        return second_order(traces, probe.weights(sites), widths, self.quantized(sites, probe))
 
     def quantized(self, sites: Sequence[Site], probe: Probe) -> Callable[[str, int], Tensor]:
         """A function of a layer's name and a width: the float weight as the method's own quantizer makes it at the start."""

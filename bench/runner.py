@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,13 +47,14 @@ from .fit import (
 from .memory import keep_freed
 from .method import Method
 from .network import make_network
-from .quant import audit, cost
+from .quant import Bits, audit, cost
 from .registry import ROOT
 from .resolve import Resolved, resolve
 from .seeds import seed_for
 from .spec import RunSpec
 from .store import FULL, Store, write_json
 from .task import combine
+from .traces import Traces
 from .tracking import Tracker, scrub
 
 SCHEMA = 1
@@ -258,7 +259,7 @@ class _Session:
         tracker: Tracker | None,
     ) -> None:
         self.resolved, self.spec, self.device, self.folder = resolved, resolved.spec, device, folder
-        self.progress, self.tracker = progress, tracker
+        self.store, self.progress, self.tracker = store, progress, tracker
         spec = self.spec
         loaded = open_data(spec.data, spec.data_params, data_root, store.cache)
         if loaded.hash != resolved.data_hash:
@@ -278,7 +279,7 @@ class _Session:
         net = self._network(float_folder)
         plan = None if saved is None else saved["qatbench"]["plan"]
         try:
-            self.method = assemble(spec, net, self.data.task, self.data.probe(spec.calibration), plan)
+            self.method = self._assembled(net, plan)
         except RunFailed as error:
             raise error if saved is None else other_code(self.folder / LAST, error) from error
         self.method.to(self.device)
@@ -332,7 +333,7 @@ class _Session:
             )
         net = self._network(None if trained else float_folder)
         plan = None if saved is None else saved["qatbench"]["plan"]
-        method = assemble(spec, net, self.data.task, self.data.probe(spec.calibration), plan)
+        method = self._assembled(net, plan)
         if saved is not None:
             weights = next(iter(selected(spec.selection, self.folder, [""])))
             state = (
@@ -343,6 +344,16 @@ class _Session:
             except RuntimeError as error:
                 raise other_code(last, error) from error
         return method.eval()
+
+    def _assembled(self, net: nn.Module, plan: Mapping[str, Bits] | None) -> Method:
+        probe = self.data.probe(self.spec.calibration)
+        traces = Traces(self.store, self.resolved.float_id, self._tell_of_traces)
+        return assemble(self.spec, net, self.data.task, probe, plan, traces)
+
+    def _tell_of_traces(self, done: int, of: int) -> None:
+        if self.progress is not None:
+            where = {"phase": "traces", "run_id": self.resolved.run_id, "epoch": 0, "epochs": 1}
+            self.progress({**where, "step": done, "steps": of, "val/acc": None})
 
     def _data_provenance(self) -> dict[str, Any]:
         """What the number was measured on: the split, its sizes, and the training images of each class."""

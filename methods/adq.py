@@ -12,7 +12,7 @@ from ..bench.method import Method, Probe, Run
 from ..bench.quant import Bits, Budget, Quantizer, Scope, UniformQuantizer, quant_layers
 from ..bench.quant.allocate import Costs, allocate, closed_form, greedy, uniform
 from ..bench.quant.codebook import Codebook, CodebookParams
-from ..bench.quant.sensitivity import fisher, hessian_trace, loss_rise, second_order, shares
+from ..bench.quant.sensitivity import fisher, loss_rise, second_order, shares
 from ..bench.seeds import seed_for
 from ..bench.site import Site
 from ..bench.spec import FLOAT_BITS
@@ -28,10 +28,11 @@ class ADQ(Method):
 
     The body of the paper was not available. Known are its parts: activation thresholds that are learned (N2UQ, with G-STE), a
     codebook from the quantiles of the weights of each sign, with 0, that follows the weights by a moving average; bits by
-    sensitivity; distillation as an option (here ``kd+adq``; the paper's N2UQ recipe is ``kd.temperature=1``). All else is ours:
-    the quantiles, the form and rate of the average, and the plan by average Hessian trace and exact dynamic programming, after
-    the same group's HMQAT and HAWQ-V2. First and last layer are in float by default; where the run asks for 8 bits there, their
-    weights have an even grid, since a codebook of 255 entries can be larger than the layer.
+    sensitivity; distillation as an option (here ``kd+adq``; in the recipe of N2UQ's code, ``kd.temperature=1`` and ``kd.weight=1``,
+    the teacher's soft cross-entropy is the only loss). All else is ours: the quantiles, the form and rate of the average, and the
+    plan by average Hessian trace and exact dynamic programming, after the same group's HMQAT and HAWQ-V2. First and last layer are
+    in float by default; where the run asks for 8 bits there, their weights have an even grid, since a codebook of 255 entries can
+    be larger than the layer.
     """
 
     name = "adq"
@@ -103,8 +104,7 @@ class ADQ(Method):
         if self.params.sens == "fisher":
             curvature = fisher(loss, probe.batch, weights)
         else:
-            seed = seed_for("sensitivity", self.spec.seed)
-            curvature = hessian_trace(loss, probe.batch, weights, self.params.probes, seed)
+            curvature = probe.hessian_traces(self.task, sites, self.spec.seed, self.params.probes)
         if self.params.sens == "hmqat":
             return {name: {b: max(trace, 0.0) * 4.0**-b for b in widths} for name, trace in curvature.items()}
         return second_order(curvature, weights, widths, quantized)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -124,7 +125,7 @@ class LDAMDRW(HeadWrapper):
             return self.inner.plan(sites, bits, probe)
         net = copy.deepcopy(probe.net)
         swap(net, self.head, self._cosine(net.get_submodule(self.head)))
-        plan = self.inner.plan(sites, bits, Probe(net, probe.batch))
+        plan = self.inner.plan(sites, bits, replace(probe, net=net))
         native = self.spec.first_last == "native" and self.first_last != "same"
         return plan | {f"{self.head}.linear": Bits(FLOAT_BITS, FLOAT_BITS)} if native else plan
 

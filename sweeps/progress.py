@@ -59,8 +59,13 @@ class Active:
 
     @property
     def seconds_to_go(self) -> float | None:
-        """The steps that remain, at the rate measured so far; None before there is one."""
-        if self._first is None or self.event.get("phase") not in ("float", "train"):
+        """Until the training ends, at the rate measured so far; None before there is one."""
+        return self.phase_to_go if self.event.get("phase") in ("float", "train") else None
+
+    @property
+    def phase_to_go(self) -> float | None:
+        """Seconds until the present phase ends, at the rate measured so far; None before there is one."""
+        if self._first is None:
             return None
         since, first = self._first
         steps = (self.event.get("step") or 0) - first
@@ -234,9 +239,12 @@ def _cells(active: Active) -> list[RenderableType]:
     if event.get("phase") == "test":
         return [Text("test"), "", "", shown]
     epochs = event.get("epochs") or 0
-    epoch = min((event.get("epoch") or 0) + 1, epochs)
+    what = Text(f"epoch {min((event.get('epoch') or 0) + 1, epochs)}/{epochs}")
+    if event.get("phase") == "traces":
+        to_go = active.phase_to_go
+        what, shown = Text("traces"), Text("" if to_go is None else f"{clock(to_go)} to go")
     bar = ProgressBar(total=1.0, completed=active.fraction)
-    return [Text(f"epoch {epoch}/{epochs}"), bar, Text(f"{100 * active.fraction:3.0f} %"), shown]
+    return [what, bar, Text(f"{100 * active.fraction:3.0f} %"), shown]
 
 
 def plan_table(entries: Sequence[Entry], retry_failed: bool) -> Table:

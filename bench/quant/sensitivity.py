@@ -21,7 +21,12 @@ CHUNK = 32  # images a pass: a graph of second derivatives takes several times t
 
 
 def hessian_trace(
-    loss: Loss, batch: Batch, params: Mapping[str, Tensor], probes: int = 50, seed: int = 0
+    loss: Loss,
+    batch: Batch,
+    params: Mapping[str, Tensor],
+    probes: int = 50,
+    seed: int = 0,
+    tell: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """Trace of the Hessian of the loss in each parameter: ``Tr H = E[v^T H v]`` for random signs v (Hutchinson 1990).
 
@@ -35,11 +40,13 @@ def hessian_trace(
         params: Name -> tensor that requires a gradient.
         probes: Random vectors, over all chunks together; rounded up to a multiple of the number of chunks.
         seed: Of the random vectors; the global generator is not touched.
+        tell: Called after each random vector with how many are done, and how many there are.
     """
     rng = torch.Generator().manual_seed(seed)
     parts = _parts(batch)
     each = math.ceil(probes / len(parts))
     sums = dict.fromkeys(params, 0.0)
+    done, total = 0, len(parts) * len(params) * each
     with torch.enable_grad():
         for part in parts:
             # The graph of the gradients is built once a chunk; a probe is one more backward pass through it.
@@ -49,6 +56,9 @@ def hessian_trace(
                     v = _signs(parameter, rng)
                     (product,) = torch.autograd.grad(gradient, parameter, v, retain_graph=True)
                     sums[name] += float((v * product).sum()) * len(part) / len(batch) / each
+                    done += 1
+                    if tell is not None:
+                        tell(done, total)
     return sums
 
 

@@ -107,6 +107,22 @@ def test_time_to_go_of_a_running_job_is_its_step_rate():
     assert Clock().to_go([job()], [active], 1) == pytest.approx(0.2 + 0.4, rel=0.6)
 
 
+def test_the_phase_before_training_is_told_with_its_time_to_go():
+    """A run that measures a Hessian for minutes would seem to hang in its first epoch, or be counted as nearly over."""
+    out = console(terminal=True)
+    progress = LiveProgress(out, "a-suite", 2, 0, 0, 1)
+    progress.started(1, job("adq", label="adq avg2.81 s0"))
+    traces = {"phase": "traces", "epoch": 0, "epochs": 1, "steps": 1000, "val/acc": None}
+    progress.moved(1, event(**{**traces, "step": 1}))
+    time.sleep(0.1)
+    progress.moved(1, event(**{**traces, "step": 11}))
+    out.print(progress.view())
+    assert re.search(r"adq avg2.81 s0 +traces .* 1 % 0:\d\d to go", out.file.getvalue())
+    active = progress.active[1]
+    assert active.seconds_to_go is None
+    assert active.phase_to_go == pytest.approx(9.9, rel=0.5)
+
+
 def test_plan_table():
     """The plan would promise to run what it will not, or hide why something is skipped."""
     entries = [
