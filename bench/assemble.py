@@ -9,6 +9,7 @@ from torch import nn
 
 from .chain import build
 from .data import Batch
+from .edges import edges_of_run
 from .errors import RunFailed
 from .method import Method, Parts, Probe, has_effect
 from .quant import Bits, QuantLayer, Scope, calibrate, swap
@@ -50,8 +51,9 @@ def assemble(
     sites = find_sites(net, image)
     float_net = copy.deepcopy(net)
     scope = Scope()
-    for member in method.members:  # a plan or a quantizer may look at the spec and the task
-        member.spec, member.task, member.scope = spec, task, scope
+    edges = edges_of_run(spec.first_last, method.first_last)
+    for member in method.members:  # a plan or a quantizer may look at these
+        member.spec, member.task, member.scope, member.edges = spec, task, scope, edges
     replaced = _replace(method, net, sites, scope)
     layers = (
         [s for s in find_sites(net, image) if s.kind == "layer"]

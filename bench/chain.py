@@ -90,12 +90,14 @@ def build(text: str, params: Mapping[str, Mapping[str, Any]]) -> Method:
     """
     settings = chain_params(text, params)
     *wrappers, innermost = members(text)
-    with failing_as(innermost, "__init__"):
-        method = innermost(settings[innermost.name])
+    method = _made(innermost, settings[innermost.name])
     for cls in reversed(wrappers):
-        with failing_as(cls, "__init__"):
-            method = cls(method, settings[cls.name])  # type: ignore[call-arg]
-    for member in method.members:
-        with failing_as(member, "__init__"):
-            check_attributes(member)  # once more: the object may have set its own
+        method = _made(cls, method, settings[cls.name])
+    return method
+
+
+def _made(cls: type[Method], *args: Any) -> Method:
+    with failing_as(cls, "__init__"):
+        method = cls(*args)
+        check_attributes(method)  # once more: the object may have set its own
     return method

@@ -11,13 +11,14 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import RunFailed, UserError
-from .spec import WIDTHS, FirstLast, Frozen
+from . import edges
+from .errors import RunFailed, UserError, nearest
+from .spec import WIDTHS, Frozen
 
 Check = Callable[..., str | None]
 """Of owner, result and the hook's arguments: what was expected, or None if the result is right."""
@@ -112,7 +113,16 @@ def check_attributes(method: Any) -> None:
         except Exception as error:
             fits, value = False, error if value is None else value
         if not fits:
-            raise TypeError(f"{_owner(method)}.{name} is {_shown(value)}; expected {expected}")
+            raise TypeError(f"{_owner(method)}.{name} is {_shown(value)}; expected {expected}{_meant(name, value)}")
+
+
+def _meant(name: str, value: Any) -> str:
+    """The nearest word to one that is unknown, of an attribute that is a word."""
+    known = _CHOICES.get(name, ())
+    wrong = [
+        v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, str) and v not in known
+    ]
+    return nearest(wrong[0], known) if known and wrong else ""
 
 
 def _is_bool(value: Any) -> bool:
@@ -123,12 +133,18 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 1
 
 
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "first_last": edges.WORDS,
+    "fidelity": ("paper", "reconstruction", "baseline"),
+    "teacher": ("float", "ema", "student"),
+}
+
 _ATTRIBUTES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "version": (_is_count, "a whole number from 1 on"),
     "views": (_is_count, "a whole number from 1 on"),
-    "fidelity": (lambda v: v in ("paper", "reconstruction", "baseline"), "'paper', 'reconstruction' or 'baseline'"),
-    "teacher": (lambda v: v in (None, "float", "ema", "student"), "None, 'float', 'ema' or 'student'"),
-    "first_last": (lambda v: v in get_args(FirstLast) and v != "native", "'8bit', 'fp' or 'same'"),
+    "fidelity": (lambda v: v in _CHOICES["fidelity"], "'paper', 'reconstruction' or 'baseline'"),
+    "teacher": (lambda v: v is None or v in _CHOICES["teacher"], "None, 'float', 'ema' or 'student'"),
+    "first_last": (lambda v: bool(edges.pair(v)), "'8bit', 'fp' or 'same', or two of them"),
     **dict.fromkeys(
         ("bits", "candidates"),
         (lambda v: len(v) > 0 and all(type(b) is int and b in WIDTHS for b in v), "widths, e.g. range(2, 9)"),

@@ -20,9 +20,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .edges import Edge, Edges, edge_bits, edge_words
 from .errors import Diverged, RunFailed
 from .hooks import OF_METHOD, guard
-from .quant import Bits, Budget, Quantizer, QuantLayer, Scope, deployed, edge_bits, quant_layers
+from .quant import Bits, Budget, Quantizer, QuantLayer, Scope, deployed, quant_layers
 from .quant.allocate import Costs, allocate
 from .quant.layer import BATCH_NORMS
 from .quant.quantizer import finite_state, step_of
@@ -213,8 +214,9 @@ class Method(L.LightningModule):
     changes_net: bool = True
     bits: Sequence[int] = range(2, 9)
     """Widths it can quantize to; ``(32,)`` for a float method."""
-    first_last: Literal["8bit", "fp", "same"] = "8bit"
-    """Its own policy for the first and the last layer, where the run asks for ``native``."""
+    first_last: Edge | Edges = "8bit"
+    """Its own policy, where the run asks for ``native``: ``8bit``, ``fp`` or ``same``, or two of them, for the first and the last
+    layer."""
     weights_only: bool = False
     """Whether inputs stay in float, whatever a run asks; its bits are then wXa32."""
     views: int = 1
@@ -231,6 +233,8 @@ class Method(L.LightningModule):
     task: Task
     scope: Scope
     sites: list[Site]
+    edges: Edges
+    """The run's policy for the first and the last layer, ``native`` resolved to the outermost method's own."""
     # ... and on the outermost one.
     net: nn.Module
     ema: nn.Module
@@ -266,25 +270,25 @@ class Method(L.LightningModule):
         return self.bits
 
     def plan(self, sites: Sequence[Site], bits: Bits | Budget, probe: Probe) -> dict[str, Bits]:
-        """Bits of every layer. Default: ``bits`` everywhere but in the first and the last layer, as the run's ``first_last`` says.
+        """Bits of every layer. Default: ``bits`` everywhere but in the first and the last layer, as `edges` says.
 
         Under a budget the widths are those that keep the average and do the least `harm`, by exact dynamic programming.
 
         Args:
             sites: The network's sites, in order of execution.
-            bits: What the run asks for; a budget is shared by all layers but, unless ``first_last`` is ``same``, first and last.
+            bits: What the run asks for; a budget is shared by all layers but those of first and last whose policy is not ``same``.
             probe: Float network and probe batch, to measure sensitivity.
         """
         layers = [site for site in sites if site.kind == "layer"]
-        policy = self.first_last if self.spec.first_last == "native" else self.spec.first_last
-        free = layers if policy == "same" else [site for site in layers if not site.edge]
+        words = edge_words(layers, self.edges)
+        free = [site for site in layers if words.get(site.name, "same") == "same"]
         if isinstance(bits, Budget):
             harm = self.harm(free, self.candidates, probe)
             widths = self.allocate(harm, {site.name: site.weights for site in free}, bits.w)
             chosen = {name: Bits(width, bits.a) for name, width in widths.items()}
         else:
             chosen = {site.name: bits for site in free}
-        return {site.name: chosen[site.name] if site.name in chosen else edge_bits(policy, bits) for site in layers}
+        return {s.name: chosen[s.name] if s.name in chosen else edge_bits(words[s.name], bits) for s in layers}
 
     def harm(self, sites: Sequence[Site], widths: Sequence[int], probe: Probe) -> dict[str, dict[int, float]]:
         """Layer -> width -> how much the loss minds, in any one unit.

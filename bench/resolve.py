@@ -9,8 +9,9 @@ from typing import Any
 from .augment import find_augment
 from .chain import build, chain_params, members, normal_name
 from .data import Loaded, find_data, make_splits, make_task, open_data, parse_protocol
+from .edges import pair
 from .errors import RunFailed, UserError, nearest
-from .method import Method
+from .method import Method, Wrapper
 from .network import check_network
 from .registry import plugin
 from .site import Site
@@ -117,12 +118,18 @@ def _of_method(spec: RunSpec, sites: tuple[Site, ...], task: Task) -> tuple[RunS
     """The spec with what the method's own code settles of it, and why the method cannot be run on this task."""
     method = build(spec.method, spec.params)
     update: dict[str, Any] = {"bits": _bits(method, spec.method, spec)}
-    if spec.first_last == "native":
-        update["first_last"] = method.first_last
+    first, last = pair(method.first_last)
+    if spec.first_last == "native" and first == last and not _has_own_plan(method):
+        update["first_last"] = first  # spelt out: the same cell
     if spec.plan is not None:
         _check_plan(method, spec.method, spec, sites)
         update["first_last"] = "8bit"  # the plan says it all
     return spec.model_copy(update={**update, **_without_effect(method)}), method.skip(task)
+
+
+def _has_own_plan(method: Method) -> bool:
+    """Whether a member of the chain plans bits by code of its own, which may look at what the run asked for."""
+    return any(type(member).plan not in (Method.plan, Wrapper.plan) for member in method.members)
 
 
 def _check_imbalance(loaded: Loaded, task: Task) -> None:

@@ -322,4 +322,8 @@ def _first(error: ValidationError, model: type[BaseModel]) -> str:
     shown = reprlib.repr(first["input"])  # bounded: a YAML file of aliases can hold more than any memory
     if first["type"] == "value_error" and shown in message:  # a validator's own words
         return message
-    return f"{key}={shown}: {message[0].lower()}{message[1:]}"
+    text = f"{key}={shown}: {message[0].lower()}{message[1:]}"
+    if first["type"] != "literal_error":
+        return text
+    meant = nearest(str(first["input"])[:80], re.findall(r"'([^']+)'", str(first.get("ctx", {}).get("expected"))))
+    return text if "; known" in meant else text + meant  # the words themselves are told already

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from pydantic import Field
 
-from ..bench.method import Method, Probe
-from ..bench.quant import Bits, Budget, CdfQuantizer, Quantizer, RunningCdfQuantizer, Scope
+from ..bench.method import Method
+from ..bench.quant import CdfQuantizer, Quantizer, RunningCdfQuantizer, Scope
 from ..bench.site import Site
-from ..bench.spec import FLOAT_BITS, Frozen
+from ..bench.spec import Frozen
 
 
 class AlignQ(Method):
@@ -27,18 +25,13 @@ class AlignQ(Method):
     name = "alignq"
     paper = "Chen et al., AlignQ: alignment quantization with ADMM-based correlation preservation, CVPR 2022"
     fidelity = "reconstruction"
-    first_last = "same"
+    first_last = ("same", "fp")
     version = 2  # 2: norms start from the statistics of the quantized network
 
     class Params(Frozen):
         """Settings of AlignQ."""
 
         alpha: float = Field(1.0, gt=0, le=100, description="half the width of the weights' range")
-
-    def plan(self, sites: Sequence[Site], bits: Bits | Budget, probe: Probe) -> dict[str, Bits]:
-        """As for every method; by its own policy the last layer is float."""
-        plan = super().plan(sites, bits, probe)
-        return float_classifier(plan, sites) if self.spec.first_last == "native" else plan
 
     def weight_quantizer(self, bits: int, site: Site, scope: Scope) -> Quantizer:
         """Through the weight's own CDF."""
@@ -48,9 +41,3 @@ class AlignQ(Method):
     def act_quantizer(self, bits: int, site: Site, scope: Scope) -> Quantizer:
         """Through the CDF of the batch while training, of its averages in use."""
         return RunningCdfQuantizer(bits, site, scope, through=True)
-
-
-def float_classifier(plan: dict[str, Bits], sites: Sequence[Site]) -> dict[str, Bits]:
-    """The plan with the last layer in float: the policy of the code of AlignQ and ClimbQ."""
-    last = [site.name for site in sites if site.edge][-1]
-    return plan | {last: Bits(FLOAT_BITS, FLOAT_BITS)}

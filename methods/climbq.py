@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ..bench.method import Method, Probe
-from ..bench.quant import Bits, Budget
-from ..bench.site import Site
-from .alignq import float_classifier
+from ..bench.method import Method
 from .emaq_lt import EmaQLT
 
 
@@ -33,7 +30,7 @@ class ClimbQ(EmaQLT):
     paper = (
         "Chen et al., ClimbQ: class imbalanced quantization enabling robustness on efficient inferences, NeurIPS 2022"
     )
-    first_last = "same"
+    first_last = ("same", "fp")
     version = 3  # 3: norms start from the statistics of the quantized network
     alters = frozenset({"loss"})
     step = Method.step
@@ -61,8 +58,3 @@ class ClimbQ(EmaQLT):
     def domains(self) -> int:
         """All are one."""
         return 1
-
-    def plan(self, sites: Sequence[Site], bits: Bits | Budget, probe: Probe) -> dict[str, Bits]:
-        """As `EmaQ`; by its own policy the last layer is float."""
-        plan = super().plan(sites, bits, probe)
-        return float_classifier(plan, sites) if self.spec.first_last == "native" else plan

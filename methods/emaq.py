@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..bench import ranks
+from ..bench.edges import edge_words
 from ..bench.errors import RunFailed
 from ..bench.method import Method, Probe, Run
 from ..bench.quant import (
@@ -231,7 +232,7 @@ class EmaQ(Method):
                 raise RunFailed(
                     f"grid=paper takes more bits than the budget {bits} allows; give a width, or grid=true_bits"
                 )
-            kept = set() if self.spec.first_last == "same" else {site.name for site in sites if site.edge}
+            kept = {name for name, word in edge_words(sites, self.edges).items() if word != "same"}
             taken = {b: Bits(*map(self._paper_bits, b)) for b in {b for name, b in plan.items() if name not in kept}}
             plan = {name: b if name in kept else taken[b] for name, b in plan.items()}
         if self.params.act_at == "post_bn":

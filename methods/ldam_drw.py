@@ -12,10 +12,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..bench.method import Out, Probe, Run
+from ..bench.edges import pair
+from ..bench.method import Method, Out, Probe, Run
 from ..bench.quant import Bits, Budget, QuantLayer, Scope, swap
 from ..bench.site import Site
-from ..bench.spec import FLOAT_BITS, Frozen
+from ..bench.spec import Frozen
 from .cb_focal import class_balanced
 from .crt import HeadWrapper
 from .tau_norm import row_norms
@@ -119,15 +120,18 @@ class LDAMDRW(HeadWrapper):
 
     test_params = {"drw": 0.5}  # noqa: RUF012
 
+    def __init__(self, inner: Method, params: Frozen | None = None) -> None:
+        super().__init__(inner, params)
+        first, last = pair(inner.first_last)
+        self.first_last = first, "same" if last == "same" else "fp"
+
     def plan(self, sites: Sequence[Site], bits: Bits | Budget, probe: Probe) -> dict[str, Bits]:
-        """The inner method's, which measures the network with the head that it will have; natively with a float classifier."""
+        """The inner method's, which measures the network with the head that it will have."""
         if not self.head:
             return self.inner.plan(sites, bits, probe)
         net = copy.deepcopy(probe.net)
         swap(net, self.head, self._cosine(net.get_submodule(self.head)))
-        plan = self.inner.plan(sites, bits, replace(probe, net=net))
-        native = self.spec.first_last == "native" and self.first_last != "same"
-        return plan | {f"{self.head}.linear": Bits(FLOAT_BITS, FLOAT_BITS)} if native else plan
+        return self.inner.plan(sites, bits, replace(probe, net=net))
 
     def replace(self, site: Site, module: nn.Module, scope: Scope) -> nn.Module:
         """A cosine head for a linear one."""

@@ -2,7 +2,7 @@
 
 from ..spec import Bits, Budget
 from .cdf import CdfQuantizer, RunningCdfQuantizer
-from .cost import cost, edge_bits
+from .cost import cost
 from .grid import grid_codes, redo_grid, round_to_grid
 from .layer import IntegerLayer, QuantLayer, audit, calibrate, deployed, quant_layers, swap
 from .quantizer import Decode, Quantizer, Scope, snap
@@ -23,7 +23,6 @@ __all__ = [
     "calibrate",
     "cost",
     "deployed",
-    "edge_bits",
     "grid_codes",
     "quant_layers",
     "redo_grid",

@@ -8,23 +8,8 @@ from typing import Any
 from torch import nn
 
 from ..site import Site
-from ..spec import FLOAT_BITS, Bits, Budget
+from ..spec import FLOAT_BITS, Bits
 from .layer import quant_layers
-
-
-def edge_bits(policy: str, bits: Bits | Budget) -> Bits:
-    """Bits of the first and the last layer under a ``first_last`` policy (``8bit``, ``fp``, ``same``).
-
-    What is float in the other layers is float there, too: w2a32 leaves every input in float.
-    """
-    width = {"8bit": 8, "fp": FLOAT_BITS}.get(policy)
-    if width is None:
-        if isinstance(bits, Budget):
-            raise ValueError(
-                "under first_last=same the first and the last layer share the budget; they have no bits of their own"
-            )
-        return bits
-    return Bits(*(width if b < FLOAT_BITS else FLOAT_BITS for b in bits))
 
 
 def cost(sites: Sequence[Site], plan: Mapping[str, Bits], net: nn.Module) -> dict[str, Any]:

@@ -29,7 +29,6 @@ from qatbench.bench.quant import (
     calibrate,
     cost,
     deployed,
-    edge_bits,
     quant_layers,
     round_ste,
     snap,
@@ -39,7 +38,7 @@ from qatbench.bench.quant.layer import _joined
 from qatbench.bench.quant.quantizer import finite_state, step_of
 from qatbench.bench.registry import ROOT, find, plugins
 from qatbench.bench.site import Site
-from qatbench.bench.spec import Budget, RunSpec
+from qatbench.bench.spec import RunSpec
 from qatbench.bench.task import Task
 from qatbench.bench.testing import check_codes
 from qatbench.methods.dorefa import TanhWeight, UnitActivation
@@ -655,27 +654,6 @@ def test_codebooks_count_as_weight_bytes() -> None:
     # LSQ stores a step a layer; ADQ 2^4 - 1 entries.
     more = listed["size_bytes"] - plain["size_bytes"]
     assert more >= layers * (15 - 1) * 4
-
-
-@pytest.mark.parametrize(
-    ("policy", "bits", "edge"),
-    [
-        ("8bit", (4, 4), (8, 8)), ("8bit", (2, 32), (8, 32)),
-        ("8bit", (32, 2), (32, 8)), ("fp", (4, 4), (32, 32)), ("fp", (4, 32), (32, 32)),
-        ("same", (3, 5), (3, 5)), ("same", (2, 32), (2, 32)),
-    ],
-)  # fmt: skip
-def test_edge_bits(policy: str, bits: tuple[int, int], edge: tuple[int, int]) -> None:
-    """The first and the last layer would have other bits than the run's ``first_last`` says."""
-    assert edge_bits(policy, Bits(*bits)) == Bits(*edge)
-
-
-def test_edge_bits_under_a_budget() -> None:
-    """First and last layer would get the average as their width, or a share of it that nobody gave them."""
-    assert edge_bits("8bit", Budget(2.81, 3)) == Bits(8, 8)
-    assert edge_bits("fp", Budget(2.81, 3)) == Bits(32, 32)
-    with pytest.raises(ValueError, match="share the budget"):
-        edge_bits("same", Budget(2.81, 3))
 
 
 def test_scope_is_shared_by_copies() -> None:

@@ -91,6 +91,16 @@ def test_out_of_range_is_refused_in_one_line(key: str, value: Any) -> None:
     assert repr(value) in message
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "meant"),
+    [("first_last", "8bits", "8bit"), ("first_last", "Native", "native"), ("optimizer", "adamm", "adam"),
+     ("selection", "bestt", "best")],
+)  # fmt: skip
+def test_an_unknown_word_is_refused_with_the_nearest(key: str, value: str, meant: str) -> None:
+    """Whoever misspells a word would have to look for the difference."""
+    assert refusal({"method": "lsq", key: value}).endswith(f"did you mean {meant!r}?")
+
+
 @pytest.mark.parametrize("value", ["fp16", "16", 16])
 def test_fp16_is_refused_with_its_reason(value: Any) -> None:
     """Loss scaling would corrupt the gradients that methods read between backward and update."""
