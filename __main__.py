@@ -27,15 +27,25 @@ def main() -> None:
         status = 0
     except Exception as error:
         line = usage_line(error)
-        if line is None:
-            raise
-        status = _say(line, 2)
+        status = _say_all(error) if line is None else _say(line, 2)
     sys.exit(status or 0)
 
 
 def _say(line: str, status: int) -> int:
-    print(f"qatbench: {line}", file=sys.stderr)
+    from .bench.secrets import scrub
+
+    print(f"qatbench: {scrub(line)}", file=sys.stderr)
     return status
+
+
+def _say_all(error: Exception) -> int:
+    """The traceback of what nobody has foreseen."""
+    import traceback
+
+    from .bench.secrets import scrub
+
+    print(scrub("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

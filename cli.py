@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from .bench.errors import UserError, nearest
+from .bench.secrets import scrub
 
 
 class Interrupted(Exception):
@@ -776,7 +777,7 @@ def _show(record: dict[str, Any], store: Any, again: bool) -> None:
     folder = store.path(record["run_id"])
     if record["status"] != "done":
         console.print(
-            f"[red]{record['status']}[/red]: {escape(str(record['reason']))}", highlight=False, soft_wrap=True
+            f"[red]{record['status']}[/red]: {escape(scrub(str(record['reason'])))}", highlight=False, soft_wrap=True
         )
         console.print(f"log: {folder / 'log.txt'}", highlight=False, soft_wrap=True)
         return

@@ -24,7 +24,8 @@ from .errors import RunFailed
 from .method import Method
 from .quant import Bits
 from .resolve import Resolved
-from .tracking import Tracker, scrub, write_history
+from .secrets import scrub
+from .tracking import Tracker, write_history
 
 LAST = "last.ckpt"
 PROGRESS_SECONDS = 0.25

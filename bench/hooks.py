@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import edges
 from .errors import RunFailed, UserError, nearest
+from .secrets import scrub
 from .spec import WIDTHS, Frozen
 
 Check = Callable[..., str | None]
@@ -90,7 +91,7 @@ def _owner(owner: Any) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor {value.dtype} {list(value.shape)}"
-    text = " ".join(repr(value).split())
+    text = scrub(" ".join(repr(value).split()))  # before it is cut, which would leave half a secret
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

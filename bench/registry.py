@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from .errors import UserError, nearest
+from .secrets import scrub
 
 ROOT = Path(__file__).parents[1]
 KINDS = {"methods": "methods", "datasets": "datasets", "networks": "bench/models"}
@@ -193,11 +194,11 @@ def _clash(new: Plugin, known: list[Plugin]) -> Plugin | None:
 
 
 def _broken(name: str, kind: str, origin: str, error: BaseException) -> Plugin:
-    return Plugin(name, kind, origin, error=_reason(error), trace=traceback.format_exc())
+    return Plugin(name, kind, origin, error=_reason(error), trace=scrub(traceback.format_exc()))
 
 
 def _reason(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return scrub(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
 
 
 def _where(error: BaseException, file: Path) -> str:

@@ -50,12 +50,13 @@ from .network import make_network
 from .quant import Bits, audit, cost
 from .registry import ROOT
 from .resolve import Resolved, resolve
+from .secrets import Scrubbed, scrub
 from .seeds import seed_for
 from .spec import RunSpec
 from .store import FULL, Store, write_json
 from .task import combine
 from .traces import Traces
-from .tracking import Tracker, scrub
+from .tracking import Tracker
 
 SCHEMA = 1
 log = logging.getLogger("qatbench")
@@ -119,14 +120,14 @@ def _attempt(
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     spec = resolved.spec
     record: dict[str, Any] = {
-        "schema": SCHEMA, "run_id": resolved.run_id, "status": "skipped", "reason": resolved.skip,
+        "schema": SCHEMA, "run_id": resolved.run_id, "status": "skipped", "reason": resolved.skip and scrub(resolved.skip),
         "spec": spec.model_dump(mode="json"), "metrics": {}, "per_class": {}, "cost": {},
         "time": {"started": started.isoformat(timespec="seconds")}, "provenance": {}, "wandb": None,
     }  # fmt: skip
     if resolved.skip is not None:
         return record
     if resolved.broken is not None:
-        return record | {"status": "failed", "reason": resolved.broken}
+        return record | {"status": "failed", "reason": scrub(resolved.broken)}
     tracker = Tracker(
         folder, resolved.run_id, record["spec"], group=suite, job_type=spec.method,
         tags=[spec.method, spec.bits, spec.data, str(spec.protocol), spec.network, f"seed {spec.seed}"], enabled=wandb,
@@ -154,7 +155,7 @@ def _attempt(
         full = isinstance(error, OSError) and error.errno in FULL
         reason = f"no space left on the disk of {store.root}" if full else f"{type(error).__name__}: {one_line(error)}"
         record |= {"status": "failed", "reason": reason}
-        log.error("%s", scrub(traceback.format_exc()))
+        log.error("%s", traceback.format_exc())
     record["time"] |= {"wall_s": time.perf_counter() - clock}
     record["provenance"] = {**_provenance(resolved, device), **record["provenance"], "log": str(folder / "log.txt")}
     record["wandb"] = tracker.finish(record["metrics"], failed=record["status"] == "failed")
@@ -508,7 +509,7 @@ def _logging_to(path: Path) -> Iterator[None]:
     """Send the log, Lightning's and the warnings to the run's own file."""
     handler = logging.FileHandler(path)
     handler.handleError = lambda record: None  # on a full disk: a traceback on the terminal helps nobody
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(Scrubbed("%(asctime)s %(levelname)s %(message)s"))
     # Lightning's two halves have handlers and levels of their own; at INFO they advertise.
     levels = {
         "qatbench": logging.INFO,

@@ -10,10 +10,11 @@ import contextlib
 import csv
 import logging
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from .secrets import scrub
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +38,6 @@ _SETTINGS = {
     "init_timeout": INIT_SECONDS,
     "finish_timeout": FINISH_SECONDS,
 }
-_KEY = re.compile(r"wandb_v\d+_[\w-]+|[0-9a-fA-F]{40,}")
 _YES = {"1", "true", "yes", "on"}
 
 
@@ -119,7 +119,7 @@ class Tracker:
         except Exception as error:
             if self.mode == "offline":
                 raise
-            _log.warning("W&B server: %s; tracked offline instead, publish with: wandb sync", _one_line(error))
+            _log.warning(_one_line("W&B server", error) + "; tracked offline instead, publish with: wandb sync")
             wandb.teardown()  # forgets the run that did not start; its id would be taken
             self.mode = "offline"
             self._run = begin("offline")
@@ -149,7 +149,7 @@ class Tracker:
         try:
             do()
         except Exception as error:
-            _log.warning("W&B is off for this run: %s", _one_line(error))
+            _log.warning(_one_line("W&B is off for this run", error))
             run, self._run, self.mode = self._run, None, None
             # The next run of this process starts with a fresh service: this one may be dead, or hold on to the run.
             for end in (lambda: run and run.finish(exit_code=1), lambda: _wandb().teardown()):
@@ -166,12 +166,6 @@ def write_history(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     os.replace(temporary, path)
-
-
-def scrub(text: str) -> str:
-    """Takes every W&B API key out of a text."""
-    key = os.environ.get("WANDB_API_KEY", "")
-    return _KEY.sub("***", text.replace(key, "***") if key else text)
 
 
 def _wandb() -> Any:
@@ -213,5 +207,5 @@ def _present(metrics: Mapping[str, float | None]) -> dict[str, float]:
     return {key: value for key, value in metrics.items() if value is not None}
 
 
-def _one_line(error: Exception) -> str:
-    return scrub(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
+def _one_line(what: str, error: Exception) -> str:
+    return scrub(" ".join(f"{what}: {type(error).__name__}: {error}".split()))[:300]

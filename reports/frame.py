@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bench.errors import UserError, nearest
+from ..bench.secrets import scrub
 from ..bench.store import Store
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _flatten(record: dict[str, Any]) -> dict[str, Any]:
     row = {
         "run_id": record["run_id"],
         "status": record["status"],
-        "reason": None if reason is None else one_line(reason),
+        "reason": None if reason is None else scrub(one_line(reason)),
     }
     row |= {name: _plain(value) for name, value in record["spec"].items()} | {"seed": seed(record)}
     row |= {name: number(value) for name, value in record["metrics"].items()}

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ..bench.secrets import scrub
 from ..bench.spec import FLOAT_BITS, parse_bits
 from ..bench.store import Store
 from .frame import Selection, number, one_line, seed, select
@@ -387,7 +388,7 @@ def _problems(cells: list[Cell], records: list[Record]) -> tuple[Problem, ...]:
     names = {i: cell.name for cell in cells for i in cell.run_ids}
     found = []
     for r in records:
-        reason = None if r["reason"] is None else one_line(r["reason"])
+        reason = None if r["reason"] is None else scrub(one_line(r["reason"]))
         if r["status"] != "done":
             log = r["provenance"].get("log")
             reason = (reason or "no reason given") + (

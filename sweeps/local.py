@@ -32,6 +32,7 @@ from rich.markup import escape
 from ..bench.alone import environment
 from ..bench.errors import UserError
 from ..bench.resolve import Resolved
+from ..bench.secrets import scrub, scrub_file
 from ..bench.spec import SuiteSpec
 from ..bench.store import BusyError, Store
 from .expand import expand, labels
@@ -181,7 +182,7 @@ class _Worker:
     def last_words(self) -> str:
         self._stderr.seek(0)
         lines = self._stderr.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
+        return scrub(lines[-1]) if lines else "it said nothing"
 
     def _send(self, value: Any) -> None:
         with contextlib.suppress(BrokenPipeError):  # it died: its thread tells
@@ -324,6 +325,8 @@ class _Launch:
         status = worker.end(grace=1.0)
         if not worker.ready:
             raise UserError(f"a worker could not start: {worker.last_words()}")
+        if worker.job:
+            scrub_file(worker.job.log(self.store))
         self.progress.stopped(worker.number)
         place = self.workers.index(worker)
         self.workers[place] = _Worker(worker.number, worker.place, self.setting, self.inbox)
@@ -438,7 +441,7 @@ def _manifest(suite: SuiteSpec, runs: Sequence[Resolved], names: dict[str, str],
         "run_ids": [r.run_id for r in runs],
         "float_ids": sorted({r.float_id for r in runs}),
         "labels": names,
-        "skips": {r.run_id: r.skip for r in runs if r.skip},
+        "skips": {r.run_id: scrub(r.skip) for r in runs if r.skip},
         "command": command,
     }
 

@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ..bench.secrets import scrub
 from .status import Entry
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print one line, not wrapped, so that a path can be copied."""
-        self.console.print(line, soft_wrap=True, highlight=False)
+        self.console.print(scrub(line), soft_wrap=True, highlight=False)
 
     @property
     def seconds_to_go(self) -> float | None:

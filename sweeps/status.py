@@ -6,6 +6,7 @@ import statistics
 from dataclasses import dataclass
 
 from ..bench.errors import UserError, nearest
+from ..bench.secrets import scrub
 from ..bench.store import Store
 
 
@@ -67,7 +68,7 @@ def float_lock(float_id: str) -> str:
 def standing(store: Store, run_id: str, label: str, record: dict | None, skip: str | None = None) -> Entry:
     """Where one run stands, given its record."""
     if record and record["status"] != "skipped":
-        return Entry(run_id, label, record["status"], record["reason"])
+        return Entry(run_id, label, record["status"], record["reason"] and scrub(str(record["reason"])))
     if skip:
-        return Entry(run_id, label, "skipped", skip)
+        return Entry(run_id, label, "skipped", scrub(skip))
     return Entry(run_id, label, "running" if store.locked(run_id) else "left")

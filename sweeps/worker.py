@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..bench.errors import RunFailed, UserError
+from ..bench.fit import one_line
 from ..bench.resolve import Resolved
+from ..bench.secrets import scrub, scrub_file
 from ..bench.store import RECORD, BusyError, Store, writing
 from .status import float_lock
 
@@ -81,7 +83,7 @@ def unmeasured(status: str, resolved: Resolved, reason: str, log: Path | None = 
     return {
         "run_id": resolved.run_id,
         "status": status,
-        "reason": reason,
+        "reason": scrub(reason),
         "spec": resolved.spec.model_dump(mode="json"),
         "provenance": {"code": resolved.code, "data": resolved.data_hash, "log": log and str(log)},
     }
@@ -152,14 +154,14 @@ def _do(job: Job, setting: Setting, store: Store, runner: Any, send: Send) -> No
                 try:
                     send(*_train(job, setting, store, runner, send))
                 except Exception as error:
-                    traceback.print_exc()
+                    print(scrub(traceback.format_exc()), end="", file=sys.stderr)
                     told = isinstance(error, UserError | RunFailed)
-                    reason = str(error) if told else f"{type(error).__name__}: {error}"
-                    _fail(job, " ".join(reason.split()), store, send)
+                    reason = one_line(error)
+                    _fail(job, reason if told else f"{type(error).__name__}: {reason}", store, send)
     except BusyError:
         send("busy")
     except (UserError, OSError) as error:
-        send("unwritable", str(error))
+        send("unwritable", scrub(str(error)))
 
 
 def _there(job: Job, store: Store) -> tuple[str, Any] | None:
@@ -207,6 +209,7 @@ def _logged(path: Path) -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(log)
+        scrub_file(path)
 
 
 if __name__ == "__main__":
