@@ -147,7 +147,7 @@ def _attempt(
     except (RunFailed, torch.OutOfMemoryError, MemoryError) as error:
         record |= {"status": "failed", "reason": one_line(error)}
         if error.__cause__ is not None:  # a hook raised it: its line in the plugin is in the traceback
-            log.error("%s", scrub(traceback.format_exc()))
+            log.error("%s", traceback.format_exc())
     except UserError:
         tracker.finish(failed=True)
         raise
