@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -203,6 +203,11 @@ def _names(method: Any, result: Any, *_: Any) -> str | None:
     return None if right else "a list of names of modules"
 
 
+def _parameters(method: Any, result: Any, *_: Any) -> str | None:
+    right = isinstance(result, Collection) and all(isinstance(p, nn.Parameter) for p in result)
+    return None if right else "a collection of nn.Parameter"
+
+
 def _param_groups(method: Any, result: Any, *_: Any) -> str | None:
     keys = {"params", "lr_scale", "weight_decay"}
     if not isinstance(result, list) or not all(isinstance(group, dict) and set(group) == keys for group in result):
@@ -250,6 +255,7 @@ OF_METHOD: Mapping[str, Check] = {
     "taps": _names,
     "param_groups": _param_groups,
     "stages": _stages,
+    "frozen": _parameters,
     "losses": _losses,
     "predict": _logits,
     "deploy": _module,

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -146,7 +146,7 @@ class Run:
     def backward(self, batch: Batch | None = None, track: bool = True, add: bool = False) -> dict[str, Tensor]:
         """Fresh gradients of the *outermost* method's losses on ``batch`` (default: the batch in flight).
 
-        Gradient accumulation over micro-batches happens in here.
+        Gradient accumulation over micro-batches happens in here. What a member has `Method.frozen` has no gradient afterwards.
 
         Args:
             batch: Any batch or part of one.
@@ -167,6 +167,9 @@ class Run:
             self.method.manual_backward(loss if share == 1 else loss * share)
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0.0) + value.detach() * share
+        for member in self.method.members:
+            for parameter in member.frozen(self):
+                parameter.grad = None
         self.method.record_losses(totals)
         return totals
 
@@ -372,8 +375,16 @@ class Method(L.LightningModule):
     def epoch_start(self, run: Run) -> None:
         """An epoch begins."""
 
+    def frozen(self, run: Run) -> Collection[nn.Parameter]:
+        """Parameters that stand still in this step, whatever their gradients. Default: none.
+
+        Asked for after each backward pass. The harness drops their gradients there, before any member of the chain takes a norm or
+        moves along them; without a gradient the optimizer leaves a parameter, its decay and its own state alone.
+        """
+        return ()
+
     def before_update(self, run: Run) -> None:
-        """Gradients are there; the optimizer has not stepped."""
+        """Gradients are there; the optimizer has not stepped. What shall stand still is said by `frozen`."""
 
     def after_update(self, run: Run) -> None:
         """The optimizer has stepped."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
@@ -195,12 +196,11 @@ class ASQ(Method):
             group["params"] = [p for p in group["params"] if id(p) not in modules]
         return [*groups, {"params": own, "lr_scale": self.params.module_lr, "weight_decay": None}]
 
-    def before_update(self, run: Run) -> None:
-        """Freezes the modules in the warm-up; without a gradient the optimizer leaves a parameter, and its own state, alone."""
-        if self.scope.step < self.params.warmup * self.scope.steps:
-            for adapter in adapters(run.net):
-                for parameter in adapter.parameters():
-                    parameter.grad = None
+    def frozen(self, run: Run) -> Collection[nn.Parameter]:
+        """The modules in the warm-up."""
+        if self.scope.step >= self.params.warmup * self.scope.steps:
+            return ()
+        return [p for adapter in adapters(run.net) for p in adapter.parameters()]
 
 
 def adapters(net: nn.Module) -> list[nn.Module]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from pydantic import Field
 from torch import nn
@@ -54,6 +56,7 @@ class CRT(HeadWrapper):
     """
 
     name = "crt"
+    version = 2  # 2: in a chain, nobody's norm or perturbation has the frozen parameters in it
     paper = (
         "Kang et al., Decoupling representation and classifier for long-tailed recognition, ICLR 2020, arXiv 1910.09217"
     )
@@ -103,10 +106,9 @@ class CRT(HeadWrapper):
             for module in run.net.modules():
                 module.training = module in head
 
-    def before_update(self, run: Run) -> None:
-        """In the second stage, no gradient but the head's: without one an optimizer leaves a parameter as it is, undecayed, too."""
-        if self.classifier_alone:
-            head = set(run.net.get_submodule(self.head).parameters())
-            for parameter in run.method.parameters():
-                if parameter not in head:
-                    parameter.grad = None
+    def frozen(self, run: Run) -> Collection[nn.Parameter]:
+        """In the second stage, all but the head."""
+        if not self.classifier_alone:
+            return ()
+        head = set(run.net.get_submodule(self.head).parameters())
+        return [p for p in run.method.parameters() if p not in head]

@@ -348,6 +348,9 @@ class EmaQ(Method):
         for domain, part in run.batch.by_domain():
             with watched(run.net, self.params.aggregation == "swa") as seen:
                 run.backward(part)
+            for one, (_, layer) in zip(seen, quant_layers(run.net), strict=False):  # with awa none is seen
+                if layer.weight.grad is None:  # somebody has frozen the layer
+                    one.gradient = None
             beta = self._sensitivities(domain, seen)
             share, others = weight.add(beta), of_others.add(beta.mean())
             for p in parameters:

@@ -73,9 +73,10 @@ class FQAT(SAGM):
     readings are settings; ``top``, its share and ``signal="boundary"`` follow the same group's RFQuant (arXiv 2401.01543).
 
     A frozen layer's parameters, their weight decay and their state in the optimizer stand still, since their gradients are None;
-    it is watched all the same. Where one gradient is frozen (``target``) the other one moves the parameter, in full instead of by
-    half. A layer without scales, as under DoReFa, is watched at up to 4096 fixed weights. A ``scale`` target freezes quantizer by
-    quantizer where all scales are watched, else all of a layer's. Parameters outside a quantized layer and its norm never freeze.
+    it is not perturbed, and watched all the same. Where one gradient is frozen (``target``) the other one moves the parameter, in
+    full instead of by half. A layer without scales, as under DoReFa, is watched at up to 4096 fixed weights. A ``scale`` target
+    freezes quantizer by quantizer where all scales are watched, else all of a layer's. Parameters outside a quantized layer and its
+    norm never freeze.
     ``alternate`` (g1 for K steps, g2 for K steps) freezes nothing, and has no warm-up.
 
     ``top``, ``random`` and ``all`` freeze ``cap`` of the units at most, so ``all`` means up to half of them by default.
@@ -90,9 +91,7 @@ class FQAT(SAGM):
     """
 
     name = "fqat"
-    version = (
-        2  # 2: never more than the share; layers without gradients are not chosen; freeze_bn with whole layers only
-    )
+    version = 3  # 3: what is frozen as a whole is not perturbed
     paper = (
         "Jiang et al., Quantization meets OOD: generalizable quantization-aware training from a flatness perspective, "
         "ACM MM 2025, arXiv 2509.00859"
@@ -229,6 +228,13 @@ class FQAT(SAGM):
         else:
             run.backward()
             run.update()
+
+    def unperturbed(self) -> set[nn.Parameter]:
+        """As `SAM`; and what is frozen as a whole."""
+        if self.params.target not in ("layer", "scale"):
+            return super().unperturbed()
+        frozen = self.freezing.frozen.nonzero().flatten().tolist()
+        return super().unperturbed() | {p for u in frozen for p in self.parts[u].held}
 
     def _second_pass(self, run: Run, frozen: list[Unit]) -> dict[nn.Parameter, Tensor]:
         """Make all gradients ``(g1 + g2) / 2``; return the one that moves a parameter whose other gradient is frozen."""

@@ -22,7 +22,7 @@ class GAQAT(FQAT):
     """
 
     name = "gaqat"
-    version = 2  # 2: no cap and no release
+    version = 3  # 3: what is frozen as a whole is not perturbed
     paper = (
         "Jiang et al., Gradient-adaptive quantization-aware training for domain generalization, 2024, arXiv 2412.05551"
     )

@@ -32,8 +32,8 @@ class SAM(Wrapper):
 
     After the public code (davda54/sam), its adaptive form included, ``e = rho theta^2 g1 / ||theta g1||`` (ASAM, Kwon et al. 2021,
     arXiv 2102.11600). The norm is over all that is perturbed: latent weights, biases, norms and the quantizers' own parameters, or
-    all but the last. Running statistics move in the first pass only, and theta is restored from a copy, to the bit, which is all
-    the memory that this takes besides the inner method's.
+    all but the last; what another member of the chain has frozen has no part in it. Running statistics move in the first pass only,
+    and theta is restored from a copy, to the bit, which is all the memory that this takes besides the inner method's.
 
     Departure: a quantizer's parameter that is positive, such as a step, keeps a quarter of itself at the perturbed point, since a
     step of 0 or less is no grid. The logged training loss is the mean over both passes.
@@ -69,10 +69,14 @@ class SAM(Wrapper):
         """What the gradient is multiplied by to make the perturbation, for a gradient of this norm (both scalars)."""
         return self.params.rho / norm.clamp(min=SMALLEST_NORM)
 
+    def unperturbed(self) -> set[nn.Parameter]:
+        """What stays where it is at the perturbed point, besides all that has no gradient."""
+        return self.of_quantizers if self.params.perturb == "weights" else set()
+
     @contextmanager
     def perturbed(self, run: Run) -> Iterator[None]:
         """In here the parameters stand at ``theta + e`` for the present gradients; afterwards at theta, whatever happened."""
-        skip = self.of_quantizers if self.params.perturb == "weights" else set()
+        skip = self.unperturbed()
         before = {p: p.detach().clone() for p, _ in trained(run) if p not in skip}
         try:
             self._move(before)
@@ -87,6 +91,8 @@ class SAM(Wrapper):
         # On its own, so that nothing holds the gradients of the first pass when the second one makes new ones.
         adaptive = self.params.adaptive
         gradients = {p: p.grad for p in before if p.grad is not None}
+        if not gradients:
+            return
         sizes = [torch.linalg.vector_norm(g * p if adaptive else g) for p, g in gradients.items()]
         reach = self.reach(torch.linalg.vector_norm(torch.stack(sizes)))
         for p, g in gradients.items():

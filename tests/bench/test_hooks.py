@@ -86,6 +86,7 @@ WRONG = {
     "taps": ["None", "'conv1'", "[3]"],
     "param_groups": ["None", "[{'params': []}]", "LSQ.param_groups(self, *args) * 2"],
     "stages": ["None", "[]", "[Stage('train', args[0] - 1)]", "['train']"],
+    "frozen": ["None", "[3]", "'conv1'"],
     "losses": ["None", "{}", "0.5", "{'task': 0.5}", "{'task': torch.ones(3)}"],
     "predict": ["None", "torch.ones(3)", "(LSQ.predict(self, *args),)", "LSQ.predict(self, *args).long()"],
     "deploy": ["None"],

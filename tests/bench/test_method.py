@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from passes import begin, in_second_pass
 from qatbench.bench.assemble import assemble
 from qatbench.bench.data import DataModule
 from qatbench.bench.errors import RunFailed
@@ -718,3 +719,39 @@ def test_killed_between_the_last_checkpoint_and_the_record(tmp_path: Path) -> No
     again = assemble(again.spec, float_net(), data.task, data.probe(48), saved["qatbench"]["plan"])
     train(again, data, tmp_path)
     assert same(state(whole), state(again)) == []
+
+
+def test_frozen_by_a_plugin_is_not_perturbed_nor_in_the_clipped_norm(plug: Plug) -> None:
+    """What another member says of its parameters would hold for its own step only."""
+    plug("""
+    class Half(Wrapper):
+        name = "half"
+        def frozen(self, run):
+            return [p for name, p in run.net.named_parameters() if not name.startswith("layer1")]
+    """)
+    method, run = begin("sam+half+lsq", clip=1e-3, optimizer="sgd", momentum=0.0, lr=1.0, weight_decay=0.0)
+    before = {p: p.detach().clone() for p in method.net.parameters()}
+    at_the_point: list[dict[Any, Tensor]] = []
+    in_second_pass(method, lambda: at_the_point.append({p: p.detach().clone() for p in before}))
+    method.step(run)
+    trained = set(method.net.layer1.parameters())
+    assert all(torch.equal(at_the_point[0][p], old) for p, old in before.items() if p not in trained)
+    far = sum(float((at_the_point[0][p] - before[p]).norm()) ** 2 for p in trained) ** 0.5
+    assert far == pytest.approx(0.02, rel=1e-3)
+    moved = sum(float((p.detach() - old).norm()) ** 2 for p, old in before.items()) ** 0.5
+    assert moved == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_all_frozen_is_a_step_of_nothing(plug: Plug) -> None:
+    """A norm of no gradients would end the run with a word of torch's."""
+    plug("""
+    class Still(Wrapper):
+        name = "still"
+        def frozen(self, run):
+            return list(run.net.parameters())
+    """)
+    method, run = begin("sam+still+lsq")
+    before = state(method)
+    method.step(run)
+    moved = same(before, state(method))
+    assert all("running" in name or "batches" in name for name in moved)

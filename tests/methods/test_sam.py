@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from qatbench.bench.chain import normal_name
 from qatbench.bench.quant import Quantizer
 from qatbench.bench.quant.quantizer import step_of
 from qatbench.bench.testing import Loop, MethodContract, ready, same, state
+from qatbench.methods.asq import adapters
 from qatbench.methods.sam import trained
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class TestSAM(MethodContract):
@@ -151,6 +153,70 @@ def test_a_network_without_batchnorm_trains() -> None:
     after = state(method)
     assert same(before, after) != []
     assert all(bool(v.isfinite().all()) for v in after.values())
+
+
+# --- what is frozen has no part in it ---------------------------------------------------------------------------------
+
+
+def sizes(method: Any, run: Any, frozen: set[nn.Parameter]) -> tuple[float, float]:
+    """A step; how far its perturbation moved what trains, and what is frozen."""
+    before = {p: p.detach().clone() for p in method.parameters()}
+    found: list[tuple[float, float]] = []
+
+    def look() -> None:
+        far = {p: float((p.detach() - old).norm()) ** 2 for p, old in before.items()}
+        found.append((sum(v for p, v in far.items() if p not in frozen) ** 0.5, sum(far[p] for p in frozen) ** 0.5))
+
+    in_second_pass(method, look)
+    method.step(run)
+    assert all(p.grad is None and torch.equal(p, before[p]) for p in frozen)
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    "chain", ["sam+crt+lsq", "crt+sam+lsq", "sagm+crt+lsq", "fqat+crt+lsq", "gaqat+crt+adq", "sam+crt+pact"]
+)
+def test_frozen_by_crt_is_not_perturbed(chain: str) -> None:
+    """The frozen backbone would take most of rho, and the classifier's flatness would be sought beside another network."""
+    outer = next(name for name in chain.split("+") if name in ("sam", "sagm", "fqat", "gaqat"))
+    own = {"rho": 0.02} | ({} if outer == "sam" else {"alpha": 0.0})
+    method, data = ready(chain, epochs=2, params={"crt": {"share": 0.5}, outer: own}, clip=1.0)
+    loop, batches = Loop(method, data), list(data.train_dataloader())[:2]
+    loop.epoch(batches)
+    loop.epoch([], 1)
+    loop.run.batch = batches[0]
+    head = set(method.net.head.parameters())
+    perturbed, still = sizes(method, loop.run, set(method.net.parameters()) - head)
+    assert still == 0.0
+    assert perturbed == pytest.approx(0.02, rel=1e-3)
+
+
+@pytest.mark.parametrize("outer", ["sam", "sagm", "fqat"])
+def test_frozen_by_asq_is_not_perturbed(outer: str) -> None:
+    """In ASQ's warm-up its modules would be moved before each gradient, and the norm be theirs, too."""
+    params = {"asq": {"warmup": 0.25}, outer: {"rho": 0.01} | ({} if outer == "sam" else {"alpha": 0.0})}
+    method, data = ready(f"{outer}+asq", params=params)
+    loop = Loop(method, data)
+    loop.epoch([])
+    loop.run.batch = next(iter(data.train_dataloader()))
+    perturbed, still = sizes(method, loop.run, {p for module in adapters(method.net) for p in module.parameters()})
+    assert still == 0.0
+    assert perturbed == pytest.approx(0.01, rel=1e-3)
+    method.scope.step = method.scope.steps // 2
+    loop.run.backward()
+    assert any(p.grad is not None for module in adapters(method.net) for p in module.parameters())
+
+
+def test_emaq_weighs_clients_by_what_is_trained() -> None:
+    """In cRT's second stage a client would weigh by layers that stand still."""
+    method, data = ready("crt+emaq", epochs=2, params={"crt": {"share": 0.5}, "emaq": {"scope": "layer"}})
+    loop, batches = Loop(method, data), list(data.train_dataloader())[:1]
+    loop.epoch(batches)
+    beta = method.inner.beta
+    assert (beta != 1.0).any(0).sum() > 1
+    loop.epoch(batches, 1)
+    assert (beta[:, :-1] == 1.0).all()
+    assert (beta[:, -1] != 1.0).all()
 
 
 def test_lsq_is_what_it_wraps_by_itself() -> None:
