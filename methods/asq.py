@@ -17,48 +17,72 @@ from ..bench.site import Site, channel_dim
 from ..bench.spec import Frozen
 from .lsq import LearnedStep
 
-HIDDEN = 16
-LARGEST_CHANGE = 0.5  # of the step, relative: s_eff stays positive
+HIDDEN = 16  # of the bounded module
+RATIO = 4  # of channels to hidden units
+LARGEST_CHANGE = 0.5  # of the step, relative, by the bounded module
+SMALLEST_FACTOR = 1e-8
 SMALLEST_SCALE = 1e-8
-LARGEST = 2.0**60  # of a feature, and of a weight over its scale in the scale's gradient: products stay finite
+PERCENTILE = 0.99  # of a channel's |w|, where its scale starts
+LARGEST = 2.0**60  # of a feature: products stay finite
+LARGEST_MEAN = 2.0**20  # the same where the gradient is not scaled down
+
+Form = Literal["code", "bounded"]
 
 
 class AdaptiveStep(LearnedStep):
-    """LSQ with ``s_eff = s (1 + Delta(x))``, one step a sample, from 0.5 s to 1.5 s.
+    """LSQ with ``s_eff = s beta(x)``, one step a sample, where a small module makes beta of the input.
 
-    ``Delta = tanh(W2 relu(W1 f + b1) + b2) / 2`` of the features f: mean, standard deviation and maximum of each channel of the
-    sample, which are constants for the gradient of x. W2 and b2 start at 0, so Delta does, too, and the quantizer starts as LSQ.
-    The gradients of x and s_eff are LSQ's; those of s, W and b follow by the chain rule.
+    ``code``: ``beta = max(relu(W2 relu(W1 m + b1) + b2), 1e-8)`` of the channels' means m, with a quarter as many hidden units as
+    channels (below 8 channels without a hidden layer). W2 starts as N(0, 0.01) and b2 at 1, so beta starts near 1. x has a gradient
+    through the module; LSQ's factor g is on the gradient of s alone.
+
+    ``bounded``: ``beta = 1 + tanh(W2 relu(W1 f + b1) + b2) / 2`` of the features f: mean, deviation and maximum of each channel,
+    which are constants for the gradient of x. W2 and b2 start at 0; s_eff is within 0.5 s and 1.5 s; g is on all gradients.
     """
 
     per = "sample"
 
-    def __init__(self, bits: int, site: Site, scope: Scope, signed: bool, seed: int) -> None:
+    def __init__(self, bits: int, site: Site, scope: Scope, signed: bool, seed: int, form: Form = "code") -> None:
         super().__init__(bits, site, scope, signed, site.inputs)
+        self.form, channels = form, max(site.in_channels, 1)
+        self.channels = channels
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.adapter = nn.Sequential(
-                nn.Linear(3 * max(site.in_channels, 1), HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1)
-            )
-        for parameter in self.adapter[2].parameters():
-            nn.init.zeros_(parameter)
+            self.adapter = nn.Sequential(*self._module(channels))
+            last = self.adapter[-1]
+            assert isinstance(last, nn.Linear)
+            if form == "bounded":
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
+            else:
+                nn.init.normal_(last.weight, std=0.01)
+                nn.init.ones_(last.bias)
+
+    def _module(self, channels: int) -> list[nn.Module]:
+        if self.form == "bounded":
+            return [nn.Linear(3 * channels, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1)]
+        hidden = channels // RATIO if channels >= 2 * RATIO else 0
+        return [nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, 1)] if hidden else [nn.Linear(channels, 1)]
+
+    def factor(self, x: Tensor) -> Tensor:
+        """Beta of each sample, float [B, 1]; 1 for a tensor of other channels than the layer's, which no network has."""
+        places = by_channel(x.to(self.step.dtype))
+        if places.shape[1] != self.channels:
+            return self.step.new_ones(len(places), 1)
+        if self.form == "bounded":
+            return 1 + LARGEST_CHANGE * self.adapter(features(places)).tanh()
+        means = places.mean(2).clamp(-LARGEST_MEAN, LARGEST_MEAN)
+        return self.adapter(means).relu().clamp(min=SMALLEST_FACTOR)
 
     def steps(self, x: Tensor) -> Tensor:
-        """``s_eff`` of each sample, float [B, 1, ..], in full precision whatever the run's.
-
-        Tensors of another number of channels than the layer's, which no network has, keep the step s.
-        """
+        """``s_eff`` of each sample, float [B, 1, ..], in full precision whatever the run's."""
         with torch.autocast(x.device.type, enabled=False):
-            found = features(x.to(self.step.dtype))
-            if found.shape[1] != self.adapter[0].in_features:
-                delta = found.new_zeros(len(x), 1)
-            else:
-                delta = LARGEST_CHANGE * self.adapter(found).tanh()
-            return (self.step * (1 + delta)).view(-1, *[1] * (x.ndim - 1))
+            step = self.step if self.form == "bounded" else snap(self.step * self.grad_scale, self.step)
+            return (step * self.factor(x)).view(-1, *[1] * (x.ndim - 1))
 
     def quantize(self, x: Tensor) -> Tensor:
         """See `round_to_grid`."""
-        return round_to_grid(x, self.steps(x), self, scale=self.grad_scale)
+        return round_to_grid(x, self.steps(x), self, scale=self.grad_scale if self.form == "bounded" else 1.0)
 
     def redo(self, x: Tensor) -> None:
         """Keeping it is cheaper."""
@@ -68,25 +92,32 @@ class AdaptiveStep(LearnedStep):
         return grid_codes(x, self.steps(x), self)
 
 
-@torch.no_grad()
-def features(x: Tensor) -> Tensor:
-    """Mean, standard deviation and maximum of each channel over all places: float [B, 3C] of [B, C, H, W], [B, T, C] or [B, C].
-
-    With one place the deviation is 0. A vector counts as samples of one channel. They have no gradient.
-    """
+def by_channel(x: Tensor) -> Tensor:
+    """[B, C, places] of [B, C, H, W], [B, T, C] or [B, C]; a vector counts as samples of one channel."""
     x = x.unsqueeze(1) if x.ndim == 1 else x
-    x = x.movedim(channel_dim(x), 1).flatten(2) if x.ndim > 2 else x.unsqueeze(2)
-    mean = x.mean(2, keepdim=True)
-    std = (x - mean).square_().mean(2).sqrt_()  # `torch.std` and, in channels_last, `amax` take five times as long
-    return torch.cat([mean.squeeze(2), std, x.max(2).values], 1).clamp_(-LARGEST, LARGEST)
+    return x.movedim(channel_dim(x), 1).flatten(2) if x.ndim > 2 else x.unsqueeze(2)
+
+
+@torch.no_grad()
+def features(places: Tensor) -> Tensor:
+    """Mean, standard deviation and maximum of each channel, float [B, 3C] of [B, C, places], without a gradient.
+
+    With one place the deviation is 0.
+    """
+    mean = places.mean(2, keepdim=True)
+    std = (places - mean).square_().mean(2).sqrt_()  # `torch.std` and, in channels_last, `amax` take five times as long
+    return torch.cat([mean.squeeze(2), std, places.max(2).values], 1).clamp_(-LARGEST, LARGEST)
+
+
+ScaleGrad = Literal["code", "lsq", "plain"]
 
 
 class RootTwoPowers(Quantizer):
     """POST: ``w_q = scale * sign(w) * sqrt(2)^k`` with k from ``-(n - 1)`` to 0, ``n = 2^(b-1) - 1``, or 0; one scale a channel.
 
-    The exponent is the nearest in the logarithm of ``|w| / scale``; below half the smallest level the weight is 0. A code is the
-    place of the level counted from 0, and has the sign of w. The gradient of w passes straight through. That of the scale is
-    ``w_q / scale - w / scale``, summed over the N weights of the channel, times ``1 / sqrt(N n)`` as in LSQ (``grad="lsq"``).
+    A weight takes the nearest level, and has no gradient beyond the scale. A code is the place of the level counted from 0, and has
+    the sign of w. The scale's gradient is ``w_q / scale - w / scale``, beyond the scale the sign of w, summed over the N weights of
+    the channel, times ``1 / sqrt(N)`` (``grad="code"``), LSQ's ``1 / sqrt(N n)`` (``lsq``) or 1 (``plain``).
     """
 
     per = "channel"
@@ -94,26 +125,29 @@ class RootTwoPowers(Quantizer):
     levels: Tensor
     """Float [2n + 1], the value of each code for scale 1."""
     edges: Tensor
-    """Float [n], where the levels of ``|w| / scale`` change: half the smallest one, then the geometric means of neighbours."""
+    """Float [n], where the levels of ``|w| / scale`` change: half the smallest one, then the middles of neighbours."""
 
-    def __init__(self, bits: int, site: Site, scope: Scope, grad: Literal["lsq", "plain"]) -> None:
+    def __init__(self, bits: int, site: Site, scope: Scope, grad: ScaleGrad) -> None:
         super().__init__(bits, site, scope, signed=True)
         self.qmin = -self.qmax  # symmetric
         weights = site.weights / site.channels[0]
-        self.grad_scale = 1.0 if grad == "plain" else 1.0 / math.sqrt(weights * self.qmax)
+        self.grad_scale = {"plain": 1.0, "code": weights**-0.5, "lsq": (weights * self.qmax) ** -0.5}[grad]
         sizes = 2.0 ** (torch.arange(1 - self.qmax, 1, dtype=torch.float64) / 2)
         self.register_buffer("levels", torch.cat([-sizes.flip(0), sizes.new_zeros(1), sizes]).float(), persistent=False)
-        self.register_buffer(
-            "edges", torch.cat([sizes[:1] / 2, (sizes[1:] * sizes[:-1]).sqrt()]).float(), persistent=False
-        )
+        middles = torch.cat([sizes[:1], sizes[1:] + sizes[:-1]]) / 2
+        self.register_buffer("edges", middles.float(), persistent=False)
         self.scale = nn.Parameter(torch.ones(site.channels[0]))
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """``0.9 max |w|`` of each channel."""
-        largest = x.detach().float().abs().reshape(len(x), -1).amax(1)
-        largest = largest if len(x) == len(self.scale) else largest.max()
-        self.scale.copy_(torch.where(largest > 0, 0.9 * largest, 1.0))
+        """The 99th percentile of ``|w|`` in each channel, between two weights by interpolation."""
+        size = x.detach().abs().to(self.scale.dtype)
+        size = size.reshape(len(self.scale) if len(x) == len(self.scale) else 1, -1).sort(1).values
+        place = PERCENTILE * (size.shape[1] - 1)
+        low = size[:, math.floor(place)]
+        found = low.lerp(size[:, math.ceil(place)], place - math.floor(place))
+        found = torch.where(found > 0, found, size[:, -1])  # nearly all may be zero
+        self.scale.copy_(torch.where(found > 0, found, 1.0))
 
     def _scale(self, w: Tensor) -> Tensor:
         """[O, 1, ..]. A tensor of another number of channels than the layer's, which no network has, has one scale."""
@@ -129,8 +163,9 @@ class RootTwoPowers(Quantizer):
         scale = self._scale(x)
         ratio = (x / scale).detach()
         level = self.levels[self._codes(ratio) + self.qmax]
-        slope = (level - ratio.clamp(-LARGEST, LARGEST)) * self.grad_scale
-        return snap(x + scale * slope, level * scale)
+        inside = ratio.abs() <= 1
+        slope = (level - torch.where(inside, ratio, 0.0)) * self.grad_scale
+        return snap(torch.where(inside, x, x.detach()) + scale * slope, level * scale)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Decode]:
         """Codes ``-n`` to n, and the look-up."""
@@ -147,30 +182,39 @@ class RootTwoPowers(Quantizer):
 
 
 class ASQ(Method):
-    """Adaptive step size quantization and POST (Zhou et al. 2025, arXiv 2504.17263): our reconstruction.
+    """Adaptive step size quantization and POST (Zhou et al. 2025, arXiv 2504.17263): our reconstruction after public code.
 
-    Only the abstract was available: activation steps that a trained module adapts to the input, and weights on a basis of the
-    square root of two, decoded by a table. The module's form is that of a public re-implementation, which also freezes it at the
-    start of training (``warmup``). Ours are: that it starts at Delta = 0 and hands no gradient to its input; the range and the zero
-    of the weights' levels, their learned scales and the factor on the scales' gradient, without which (``scale_grad="plain"``)
-    training goes astray at 2 bits. At 8 bits the levels reach further down than at 5 and are no closer, so the weights of a first
-    or last layer of 8 bits, which shall lose next to nothing, have a learned step (LSQ).
+    Of the paper the abstract was available: activation steps that a trained module adapts to the input, and weights on a basis of
+    the square root of two, decoded by a table. All else is as in the public code SENGEL13/ASQ-POST, which calls itself official
+    (who wrote it could not be verified): the module, its start and its gradient, one scale a channel for the weights, where it
+    starts, and the nearest level by plain distance. First and last layer have 8 bits there, too.
+
+    Departures: 2^b - 1 levels for b bits, where the code has ``2^b + 1``, and the basis sqrt 2, which the published file has as 2
+    with the root in a comment; N in LSQ's factor for activations is the features of one image, as in `LSQ`, where the code counts
+    the batch; steps and scales do not decay. Ours are ``adapter="bounded"``, with which no step can collapse or run away, and a
+    ``warmup`` that freezes the modules (from a third party's code). At 8 bits the levels reach further down than at 5 and are no
+    closer, so the weights of a first or last layer of 8 bits, which shall lose next to nothing, have a learned step (LSQ), as the
+    classifier of the code does.
     """
 
     name = "asq"
     paper = "Zhou et al., Precision neural network quantization via learnable adaptive modules, 2025, arXiv 2504.17263"
-    version = 2
+    version = 3  # 3: module, gradients, start and levels' edges of the public code
     fidelity = "reconstruction"
 
     class Params(Frozen):
         """Settings of ASQ."""
 
-        warmup: float = Field(
-            0.1, ge=0, le=1, description="share of training, at the start, in which the modules are frozen"
+        adapter: Form = Field(
+            "code", description="the module: as in the public code, or with a factor on the step from 0.5 to 1.5"
         )
-        scale_grad: Literal["lsq", "plain"] = Field(
-            "lsq",
-            description="gradient of the weights' scales: times 1 / sqrt(N n), with N the weights of a channel, or as it is",
+        warmup: float = Field(
+            0.0, ge=0, le=1, description="share of training, at the start, in which the modules are frozen"
+        )
+        scale_grad: ScaleGrad = Field(
+            "code",
+            description="factor on the gradient of the weights' scales: 1 / sqrt(N), N the weights of a channel; lsq: "
+            "1 / sqrt(N n), n the levels of a sign; plain: 1",
         )
         module_lr: float = Field(1.0, gt=0, le=100, description="factor on the learning rate of the modules")
 
@@ -185,7 +229,9 @@ class ASQ(Method):
 
     def act_quantizer(self, bits: int, site: Site, scope: Scope) -> Quantizer:
         """A step a sample; unsigned after a ReLU."""
-        return AdaptiveStep(bits, site, scope, site.signed_input, seed_for("asq", self.spec.seed, site.name))
+        return AdaptiveStep(
+            bits, site, scope, site.signed_input, seed_for("asq", self.spec.seed, site.name), self.params.adapter
+        )
 
     def param_groups(self, net: nn.Module) -> list[dict[str, Any]]:
         """The modules have a rate of their own; they decay as the network does."""

@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from qatbench.bench.quant import Scope
 from qatbench.bench.site import Site
 from qatbench.bench.testing import Loop, MethodContract, check_codes, ready
-from qatbench.methods.asq import AdaptiveStep, RootTwoPowers, adapters, features
+from qatbench.methods.asq import AdaptiveStep, Form, RootTwoPowers, adapters, by_channel, features
 from qatbench.methods.lsq import LearnedStep
 from torch import Tensor
 
+WIDE = Site("layer", "layer", (4,), weights=36, inputs=9 * 8 * 8, in_channels=9)
 SITE = Site("layer", "layer", (4,), weights=36, inputs=5 * 8 * 8, in_channels=5)
 SMALL = settings(deadline=None, derandomize=True, database=None, max_examples=25)
 SHAPES = [(6, 5, 8, 8), (6, 7, 5), (6, 5)]  # a convolution's input, tokens, a classifier's
@@ -22,9 +23,11 @@ class TestASQ(MethodContract):
     method = "asq"
 
 
-def adaptive(bits: int, signed: bool = False, seed: int | None = None) -> AdaptiveStep:
-    """A quantizer whose module is at its start, where Delta is 0, or (``seed``) somewhere else."""
-    quantizer = AdaptiveStep(bits, SITE, Scope(), signed, 1)
+def adaptive(
+    bits: int, signed: bool = False, seed: int | None = None, form: Form = "code", site: Site = SITE
+) -> AdaptiveStep:
+    """A quantizer whose module is at its start, or (``seed``) somewhere else."""
+    quantizer = AdaptiveStep(bits, site, Scope(), signed, 1, form)
     if seed is not None:
         rng = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -40,15 +43,19 @@ def inputs(shape: tuple[int, ...], signed: bool, seed: int = 0) -> Tensor:
     return x if signed else x.relu()
 
 
+@pytest.mark.parametrize("form", ["code", "bounded"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_asq_delta_0_is_lsq(bits: int, signed: bool, layout: torch.memory_format) -> None:
+def test_asq_beta_1_is_lsq(bits: int, signed: bool, layout: torch.memory_format, form: Form) -> None:
     """The method would not start as LSQ, or train its step and its inputs by other gradients than LSQ's."""
     x = inputs(SHAPES[0], signed).to(memory_format=layout)
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(memory_format=layout)
     found = []
-    for quantizer in (adaptive(bits, signed), LearnedStep(bits, SITE, Scope(), signed, SITE.inputs)):
+    one = adaptive(bits, signed, form=form)
+    with torch.no_grad():
+        one.adapter[-1].weight.zero_()
+    for quantizer in (one, LearnedStep(bits, SITE, Scope(), signed, SITE.inputs)):
         quantizer.fit(x)
         leaf = x.detach().requires_grad_()
         out = quantizer(leaf)
@@ -65,7 +72,7 @@ def test_asq_delta_0_is_lsq(bits: int, signed: bool, layout: torch.memory_format
 @SMALL
 def test_asq_s_eff_is_positive(bits: int, signed: bool, seed: int, shape: tuple[int, ...], size: float) -> None:
     """A grid would be turned around or collapse, for an image that the module has not seen the like of."""
-    quantizer = adaptive(bits, signed, seed)
+    quantizer = adaptive(bits, signed, seed, "bounded")
     x = inputs(shape, signed, seed) * size
     quantizer.fit(x)
     with torch.no_grad():
@@ -76,26 +83,60 @@ def test_asq_s_eff_is_positive(bits: int, signed: bool, seed: int, shape: tuple[
     assert bool((steps <= 1.5 * quantizer.step).all())
 
 
+@given(st.integers(2, 8), st.booleans(), st.integers(0, 10**6), st.sampled_from(SHAPES), st.floats(1e-6, 1e6))
+@SMALL
+def test_asq_code_s_eff_is_never_zero(bits: int, signed: bool, seed: int, shape: tuple[int, ...], size: float) -> None:
+    """An image for which the module says 0 would be divided by it."""
+    quantizer = adaptive(bits, signed, seed)
+    x = inputs(shape, signed, seed) * size
+    quantizer.fit(x)
+    with torch.no_grad():
+        quantizer.adapter[-1].weight.mul_(-1e6)
+        steps, out = quantizer.steps(x), quantizer(x)
+    assert steps.shape == (len(x), *[1] * (x.ndim - 1))
+    assert bool((steps >= 0.99e-8 * quantizer.step).all())
+    assert torch.isfinite(out).all()
+
+
 def textbook(quantizer: AdaptiveStep, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Input, output and parameters, float64, out of ordinary operations, as a re-implementation would write it."""
     p = {name: value.detach().double().requires_grad_() for name, value in quantizer.named_parameters()}
     leaf = x.detach().double().contiguous().requires_grad_()
-    places = leaf.detach().flatten(2)
-    f = torch.cat([places.mean(2), places.std(2, correction=0), places.amax(2)], 1)
-    hidden = (f @ p["adapter.0.weight"].T + p["adapter.0.bias"]).relu()
-    delta = 0.5 * (hidden @ p["adapter.2.weight"].T + p["adapter.2.bias"]).tanh()
-    s = (p["step"] * (1 + delta)).view(-1, 1, 1, 1)
-    s = s * quantizer.grad_scale + (s - s * quantizer.grad_scale).detach()
+    g = quantizer.grad_scale
+
+    def slow(s: Tensor) -> Tensor:
+        return s * g + (s - s * g).detach()
+
+    def module(f: Tensor) -> Tensor:
+        for k in range(0, len(quantizer.adapter), 2):
+            f = (f.relu() if k else f) @ p[f"adapter.{k}.weight"].T + p[f"adapter.{k}.bias"]
+        return f
+
+    if quantizer.form == "code":
+        beta = module(leaf.mean((2, 3))).relu().clamp(min=1e-8)
+        s = (slow(p["step"]) * beta).view(-1, 1, 1, 1)
+    else:
+        places = leaf.detach().flatten(2)
+        f = torch.cat([places.mean(2), places.std(2, correction=0), places.amax(2)], 1)
+        s = slow((p["step"] * (1 + 0.5 * module(f).tanh())).view(-1, 1, 1, 1))
     v = (leaf / s).clamp(quantizer.qmin, quantizer.qmax)
-    return leaf, (v + (v.round() - v).detach()) * s, p
+    hard = (v.round() - v).detach() + v
+    return leaf, hard * s, p
 
 
+@pytest.mark.parametrize("site", [SITE, WIDE])
+@pytest.mark.parametrize("form", ["code", "bounded"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("bits", "signed"), [(2, False), (4, False), (8, True)])
-def test_gradients_equal_autograds(bits: int, signed: bool, layout: torch.memory_format) -> None:
-    """Step and module would be trained by another gradient than LSQ's for the step that each sample really has."""
-    quantizer = adaptive(bits, signed, seed=3).double()
-    x = inputs(SHAPES[0], signed).double()
+def test_gradients_equal_autograds(
+    bits: int, signed: bool, layout: torch.memory_format, form: Form, site: Site
+) -> None:
+    """Step, module or input would be trained by another gradient than LSQ's for the step that each sample really has."""
+    quantizer = adaptive(bits, signed, seed=3, form=form, site=site).double()
+    with torch.no_grad():
+        if form == "code":
+            quantizer.adapter[-1].bias.fill_(1.5)
+    x = inputs((6, site.in_channels, 8, 8), signed).double()
     quantizer.fit(x)
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
     theirs, out, p = textbook(quantizer, x)
@@ -110,16 +151,38 @@ def test_gradients_equal_autograds(bits: int, signed: bool, layout: torch.memory
         torch.testing.assert_close(parameter.grad, p[name].grad, rtol=1e-6, atol=1e-9)
 
 
+def test_the_module_of_the_public_code() -> None:
+    """The module would be another one: its width, its start, or its gradient, which is without LSQ's factor there."""
+    for channels, widths in ((3, [1]), (7, [1]), (8, [2, 1]), (64, [16, 1])):
+        site = Site("layer", "layer", (4,), weights=36, inputs=128, in_channels=channels)
+        module = adaptive(4, site=site).adapter
+        layers = [layer for layer in module if isinstance(layer, torch.nn.Linear)]
+        assert [layer.out_features for layer in layers] == widths
+        assert layers[0].in_features == channels
+        assert layers[-1].bias.tolist() == [1.0]
+        assert float(layers[-1].weight.detach().abs().max()) < 0.05
+    quantizer = adaptive(4, site=Site("layer", "layer", (4,), weights=36, inputs=128, in_channels=2))
+    x = torch.rand(1, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    quantizer.fit(x)
+    quantizer.zero_grad()
+    quantizer(x).sum().backward()
+    beta = float(quantizer.factor(x))
+    of_beta = float(quantizer.adapter[-1].bias.grad) / float(
+        quantizer.step
+    )  # both are sums of the same over the features
+    assert of_beta / (float(quantizer.step.grad) / beta) == pytest.approx(43.8178, rel=1e-4)  # 1 / g, 128 features
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_features_of_every_kind_of_input(shape: tuple[int, ...]) -> None:
     """Tokens would be taken for channels; or the one place of a classifier's input would have a deviation that is NaN."""
     x = inputs(shape, signed=True)
-    by_channel = x.movedim(2, 1) if x.ndim == 3 else x
-    places = by_channel.reshape(len(x), 5, -1)
+    places = (x.movedim(2, 1) if x.ndim == 3 else x).reshape(len(x), 5, -1)
     expected = torch.cat([places.mean(2), places.std(2, correction=0), places.amax(2)], 1)
-    torch.testing.assert_close(features(x), expected)
-    assert x.ndim > 2 or not features(x)[:, 5:10].any()
-    assert torch.isfinite(features(torch.full(shape, 2.0**100))).all()
+    torch.testing.assert_close(by_channel(x), places)
+    torch.testing.assert_close(features(by_channel(x)), expected)
+    assert x.ndim > 2 or not features(by_channel(x))[:, 5:10].any()
+    assert torch.isfinite(features(by_channel(torch.full(shape, 2.0**100)))).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -162,21 +225,20 @@ def test_post_consecutive_level_ratio_is_root_2(bits: int) -> None:
 
 @given(st.integers(2, 8), st.integers(0, 10**6))
 @SMALL
-def test_post_takes_the_nearest_exponent_or_zero(bits: int, seed: int) -> None:
-    """Weights would be rounded linearly, clipped elsewhere than at the scale, or never be zero."""
+def test_post_takes_the_nearest_level(bits: int, seed: int) -> None:
+    """Weights would be rounded in another measure than the public code's, clipped elsewhere than at the scale, or never be zero."""
     rng = torch.Generator().manual_seed(seed)
     w = torch.randn(4, 300, generator=rng).double() * torch.tensor([1.0, 0.01, 30.0, 1e-6]).view(-1, 1)
     w *= 2.0 ** (-40 * torch.rand(w.shape, generator=rng))  # over all exponents
     quantizer = RootTwoPowers(bits, SITE, Scope(), "plain").double()
     quantizer.fit(w)
-    torch.testing.assert_close(quantizer.scale.detach(), 0.9 * w.abs().amax(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(quantizer.scale.detach(), w.abs().quantile(0.99, dim=1), rtol=1e-6, atol=0)
     u = w / quantizer.scale.detach().view(-1, 1)
     n = 2 ** (bits - 1) - 1
-    k = (2 * u.abs().log2()).round().clamp(1 - n, 0)
-    expected = torch.where(u.abs() < 0.5 * 2 ** ((1 - n) / 2), 0.0, u.sign() * 2 ** (k / 2))
+    sizes = 2.0 ** (torch.arange(1 - n, 1).double() / 2)
+    levels = torch.cat([-sizes, torch.zeros(1).double(), sizes])
     got = (quantizer(w) / quantizer.scale.view(-1, 1)).detach()
-    tie = (2 * u.abs().log2() % 1 - 0.5).abs() < 1e-5
-    torch.testing.assert_close(got[~tie], expected[~tie], rtol=1e-6, atol=0)
+    torch.testing.assert_close((got - u).abs(), (levels - u[..., None]).abs().amin(-1), rtol=1e-5, atol=1e-7)
 
 
 @given(st.integers(2, 8), st.integers(0, 10**6))
@@ -213,20 +275,20 @@ def test_a_filter_of_zeros_has_a_scale() -> None:
 
 def test_the_scales_gradient_has_lsqs_factor() -> None:
     """Scales would learn as many times too fast as there are weights in a filter: at 2 bits training goes astray."""
-    method, _ = ready("asq", bits="w3a3")
-    plain, _ = ready("asq", bits="w3a3", params={"asq": {"scale_grad": "plain"}})
     grads = []
-    for one in (method, plain):
+    for rule in ("code", "plain", "lsq"):
+        one, _ = ready("asq", bits="w3a3", params={"asq": {"scale_grad": rule}})
         layer = one.net.get_submodule("layer2.0.conv2")
         layer.weight_quantizer(layer.weight).square().sum().backward()
         grads.append(layer.weight_quantizer.scale.grad)
     weights = layer.weight[0].numel()
-    torch.testing.assert_close(grads[0], grads[1] / math.sqrt(weights * 3))
+    torch.testing.assert_close(grads[0], grads[1] / math.sqrt(weights))
+    torch.testing.assert_close(grads[2], grads[1] / math.sqrt(weights * 3))
     assert bool((grads[1] != 0).all())
 
 
-def test_weight_gradients_are_the_specs() -> None:
-    """Weights or scales would be trained by another gradient than 1, and w_q/s - w/s summed over the channel."""
+def test_weight_gradients_are_the_public_code_s() -> None:
+    """Weights beyond the scale would have a gradient; or scales another one than w_q/s - w/s, there the sign, over the channel."""
     w = torch.randn(4, 5, 3, 3, generator=torch.Generator().manual_seed(0)).double()
     grad = torch.randn(4, 5, 3, 3, generator=torch.Generator().manual_seed(1)).double()
     quantizer = RootTwoPowers(4, SITE, Scope(), "plain").double()
@@ -237,8 +299,12 @@ def test_weight_gradients_are_the_specs() -> None:
     out = quantizer(leaf)
     out.backward(grad)
     s = quantizer.scale.detach().view(-1, 1, 1, 1)
-    assert torch.equal(leaf.grad, grad)
-    torch.testing.assert_close(quantizer.scale.grad, (grad * (out.detach() / s - w / s)).sum((1, 2, 3)))
+    inside = w.abs() <= s
+    assert 0.3 < float(inside.double().mean()) < 1
+    assert leaf.grad is not None
+    assert torch.equal(leaf.grad, torch.where(inside, grad, 0.0))
+    slope = torch.where(inside, out.detach() / s - w / s, w.sign())
+    torch.testing.assert_close(quantizer.scale.grad, (grad * slope).sum((1, 2, 3)))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -247,6 +313,7 @@ def test_gradients_are_finite(bits: int) -> None:
     for value in (0.0, 2.0**100, -(2.0**100), 1e-30):
         for quantizer, x in (
             (adaptive(bits, True, seed=1), torch.full(SHAPES[0], value)),
+            (adaptive(bits, True, seed=1, form="bounded"), torch.full(SHAPES[0], value)),
             (adaptive(bits, True, seed=1), torch.full((9,), value)),  # fits no layer: plain LSQ
             (RootTwoPowers(bits, SITE, Scope(), "plain"), torch.full((4, 5, 3, 3), value)),
             (RootTwoPowers(bits, SITE, Scope(), "plain"), torch.full((9,), value)),
@@ -329,9 +396,10 @@ def test_a_module_sees_the_channels_of_its_layers_input() -> None:
     method, data = ready("asq")
     for site in (s for s in method.sites if s.kind == "layer"):
         quantizer = method.net.get_submodule(site.name).act_quantizer
-        assert quantizer.adapter[0].in_features == 3 * site.in_channels
+        assert quantizer.adapter[0].in_features == site.in_channels
         with torch.no_grad():
-            quantizer.adapter[2].bias.fill_(1.0)
+            quantizer.adapter[-1].weight.zero_()
+            quantizer.adapter[-1].bias.fill_(1.7)
     seen = []
     for _, module in method.net.named_modules():
         if isinstance(module, AdaptiveStep):
@@ -339,7 +407,7 @@ def test_a_module_sees_the_channels_of_its_layers_input() -> None:
     method.eval()
     with torch.no_grad():
         method.net(data.probe(8).x)
-    assert seen == pytest.approx([1 + 0.5 * math.tanh(1.0)] * len(seen))
+    assert seen == pytest.approx([1.7] * len(seen))
     assert seen
 
 
