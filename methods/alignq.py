@@ -70,8 +70,8 @@ class AlignQ(Method):
     and follow by the steps of ADMM. As in the code, an entry of D' belongs to two places in the batch and not to two images, so it
     meets other images in each step: gamma is near 0 after the first one, and D' near the D of the last batch. The code of the
     Office-31 runs has it at the end of each block (``admm="joints"``), its other code at each activation (``layers``); without it
-    (``off``) the method is the public code's ``cdf_alignment``. Measured once (1,000 optdigits images a domain at most, ResNet-8, w2a2,
-    six epochs, two seeds): off 54.0 and 47.9 %, joints 54.9 and 46.4 %, layers 55.7 and 48.6 % at nearly twice the time.
+    (``off``) the method is the public code's ``cdf_alignment``. Measured once (optdigits, w2a2, ResNet-8,
+    six epochs, two seeds): off 54.0 and 47.9 %, joints 54.9 and 46.4 %, layers 55.7 and 48.6 % in nearly twice the time.
 
     Departures: the code quantizes behind the norm, so that convolutions read residual sums of more than 2^m levels; here each
     layer's input is quantized, with running statistics of its own in use. The code with the ADMM term has ``2^(m+1) - 1`` levels of

@@ -40,6 +40,7 @@ def test_admm_gradients_stay_finite_where_nothing_varies() -> None:
         x = x.clone().requires_grad_()
         zero = torch.zeros(3, 3)
         admm_loss(distortion(x), zero, zero, 0.2, 0.3).backward()
+        assert x.grad is not None
         assert torch.isfinite(x.grad).all()
     relaxed, multiplier = admm_step(torch.zeros(3, 3), torch.zeros(3, 3), torch.zeros(3, 3), 0.2, 0.3)
     assert not relaxed.any()
