@@ -260,10 +260,18 @@ class DataModule(L.LightningDataModule):
 
 def make_task(loaded: Loaded, protocol: Protocol, splits: dict[str, Split]) -> Task:
     """What a method may know of the task: nothing of validation or test images."""
-    labels = torch.cat([loaded[d].labels[splits[d].train] for d in protocol.train])
-    counts = tuple(torch.bincount(labels, minlength=len(loaded.classes)).tolist())
-    second = {"superclasses": loaded.superclasses, "superclass": loaded.superclass}
-    return Task("classification", loaded.classes, counts, protocol.train, groups=protocol.groups, **second)
+    labels = [loaded[d].labels[splits[d].train] for d in protocol.train]
+    by_domain = tuple(tuple(torch.bincount(y, minlength=len(loaded.classes)).tolist()) for y in labels)
+    return Task(
+        "classification",
+        loaded.classes,
+        tuple(map(sum, zip(*by_domain, strict=True))),
+        protocol.train,
+        superclasses=loaded.superclasses,
+        superclass=loaded.superclass,
+        groups=protocol.groups,
+        domain_counts=by_domain,
+    )
 
 
 def _cycle(indices: Tensor, n: int, rng: torch.Generator, labels: Tensor | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ class Task:
         superclasses: Names of the superclasses, which a second head predicts; empty: there is one head.
         superclass: The superclass of each class, by number.
         groups: Whether classes with many, medium and few training images are measured apart.
+        domain_counts: Training images of each class in each domain; empty: not told, one domain.
     """
 
     kind: str
@@ -40,6 +42,23 @@ class Task:
     superclasses: tuple[str, ...] = ()
     superclass: tuple[int, ...] = ()
     groups: bool = False
+    domain_counts: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def class_sizes(self) -> tuple[float, ...]:
+        """How often each class is met in training, as images of as many as there are: the classes' prior times all images.
+
+        Batches draw equal shares of the domains, so the prior is the mean over domains of ``n_dc / N_d``, and not the share of a
+        class among all images; with one domain, or domains of one size, these are `class_counts`, to the bit.
+        """
+        images = [sum(counts) for counts in self.domain_counts]
+        if len(set(images)) < 2:
+            return self.class_counts
+        whole = sum(images) / len(images)
+        return tuple(
+            whole * math.fsum(n / size for n, size in zip(column, images, strict=True))
+            for column in zip(*self.domain_counts, strict=True)
+        )
 
     @property
     def outputs(self) -> int:

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from ..bench.data import Batch
 
 
-def class_balanced(counts: Sequence[int], beta: float) -> Tensor:
+def class_balanced(counts: Sequence[float], beta: float) -> Tensor:
     """Weights ``(1 - beta) / (1 - beta^n)`` (Cui et al., Eq. 2), float [classes], with a mean of 1 over the classes that occur.
 
     A class without a training image has the weight 0; without one, the weights sum up to the number of classes.
     """
     n = torch.tensor(counts, dtype=torch.float64)
-    weight = torch.where(n > 0, (1 - beta) / (1 - beta ** n.clamp(min=1)), 0.0)
+    weight = torch.where(n > 0, (1 - beta) / (1 - beta ** torch.where(n > 0, n, 1.0)), 0.0)
     return (weight * (n > 0).sum() / weight.sum()).float()
 
 
@@ -44,7 +44,7 @@ class CBFocal(Wrapper):
     """Class-balanced focal loss (Cui et al. 2019, arXiv 1901.05555; Lin et al. 2017, arXiv 1708.02002) around a method that trains.
 
     The task's loss becomes the mean over the batch of ``w_y (1 - p_y)^gamma CE``; ``gamma=0`` leaves class-balanced cross-entropy,
-    ``beta=0`` the focal loss. The inner method's other losses and a head of superclasses are left alone.
+    ``beta=0`` the focal loss. n is `Task.class_sizes`. The inner method's other losses and a head of superclasses are left alone.
 
     Departures: gamma is 1 as in the repository of LDAM, not 0.5 to 2 by data set; p is the probability itself, where that
     repository takes ``exp(-w CE)`` for it; the softmax has the focal factor, where Cui et al. use a sigmoid for each class.
@@ -52,6 +52,7 @@ class CBFocal(Wrapper):
 
     name = "cb-focal"
     paper = "Cui et al., Class-balanced loss based on effective number of samples, CVPR 2019, arXiv 1901.05555"
+    version = 2  # 2: domains of unequal size count alike, as in the batches
     fidelity = "paper"
     default_inner = "lsq"
     alters = frozenset({"loss"})
@@ -68,7 +69,7 @@ class CBFocal(Wrapper):
 
     def prepare(self, net: nn.Module) -> None:
         """The classes' weights."""
-        self.register_buffer("weight", class_balanced(self.task.class_counts, self.params.beta), persistent=False)
+        self.register_buffer("weight", class_balanced(self.task.class_sizes, self.params.beta), persistent=False)
 
     def losses(self, out: Out, batch: Batch) -> dict[str, Tensor]:
         """The inner method's, with another ``task``."""

@@ -157,7 +157,7 @@ def taken_for(net: nn.Module, classes: Tensor) -> Iterator[None]:
             quantizer.predicted = None
 
 
-def class_scale(counts: Sequence[int]) -> Tensor:
+def class_scale(counts: Sequence[float]) -> Tensor:
     """``s_c = 2 - n_c / N`` (Eq. 18), float [classes]: the rarer, the wider; 2 of a class without images."""
     n = torch.tensor(counts, dtype=torch.float64)
     return (2 - n / n.sum()).float()
@@ -221,12 +221,12 @@ def distance(counts: Sequence[int], low: Tensor, high: Tensor) -> Tensor:
     return torch.where(d > 1e-9 * n, d, 0.0)
 
 
-def class_weights(d: Tensor, counts: Sequence[int], rho: float, mode: str) -> Tensor:
+def class_weights(d: Tensor, counts: Sequence[float], rho: float, mode: str) -> Tensor:
     """``omega_c = (1 - rho^(1/d)) / (1 - rho^(n/d))`` (Eq. 24), float [classes]; 0 of a class without images.
 
     Args:
         d: float64 [classes], see `distance`.
-        counts: Images of each class.
+        counts: Images of each class, see `Task.class_sizes`.
         rho: Between 0 and 1.
         mode: ``paper``: 1 for a class inside its bounds (d = 0), while one far outside has 1 / n. ``normalised``: inside, as with
             d = 1, and so where d is below 1; the weights of the classes that occur have the mean 1. ``cb``: `class_balanced`.
@@ -239,7 +239,7 @@ def class_weights(d: Tensor, counts: Sequence[int], rho: float, mode: str) -> Te
     n = torch.tensor(counts, dtype=torch.float64, device=d.device)
     outside = d > 0
     exponent = math.log(rho) / torch.where(outside, d, 1.0).clamp(min=0.0 if mode == "paper" else 1.0)
-    weight = torch.expm1(exponent) / torch.expm1(exponent * n.clamp(min=1))
+    weight = torch.expm1(exponent) / torch.expm1(exponent * torch.where(n > 0, n, 1.0))
     if mode == "paper":
         weight = torch.where(outside, weight, 1.0)
     weight = torch.where(n > 0, weight, 0.0)
@@ -283,14 +283,15 @@ class EmaQLT(EmaQ):
     unless ``cla_gradient``.
 
     Departures: a negative C_c counts as 0 (ClimbQ's code has NaN there, and takes the class for one inside); classes without
-    images take no part; the bounds are not those of every batch; with several domains, s, omega and n are those of all domains
-    together. By default s in training is not s in use: how far that moves the codes is told after each validation.
-    ``s_eval="expected"`` is nearer. Nor is that all: the label is in every activation, in s, and networks learn to read it, more so
-    with more bits; what they learn that way is lost in use. ``s_train="batch"`` gives next to nothing away: s is about 2 for all.
+    images take no part; the bounds are not those of every batch; with several domains, s, omega and n are of all domains together,
+    each weighing the same, as in the batches. By default s in training is not s in use: how far that moves the codes is told after
+    each validation. ``s_eval="expected"`` is nearer. Nor is that all: the label is in every activation, in s, and networks learn to
+    read it, more so with more bits; what they learn that way is lost in use. ``s_train="batch"`` gives next to nothing away: s is
+    about 2 for all.
     """
 
     name = "emaq-lt"
-    version = 3  # 3: norms start from the statistics of the quantized network
+    version = 4  # 4: domains of unequal size count alike, as in the batches
     alters = frozenset({"norm", "step", "logits", "loss"})
 
     head: str = ""
@@ -347,7 +348,7 @@ class EmaQLT(EmaQ):
     def _by_class(self, kind: type[Conditional]) -> Callable[..., Quantizer]:
         p = self.params
         how = {"s_train": p.s_train, "s_eval": p.s_eval, "class_ema": p.stats == "class_ema"}
-        return functools.partial(kind, scale=class_scale(self.task.class_counts), **how)
+        return functools.partial(kind, scale=class_scale(self.task.class_sizes), **how)
 
     def replace(self, site: Site, module: nn.Module, scope: Scope) -> nn.Module:
         """As `EmaQ`; and notes which module the head is."""
@@ -362,7 +363,7 @@ class EmaQLT(EmaQ):
             RunFailed: There is no classifier whose features could be tested.
         """
         super().prepare(net)
-        counts, p = self.task.class_counts, self.params
+        counts, p = self.task.class_sizes, self.params
         if self._tests and not self.head:
             raise RunFailed(
                 f"{self.name} tests the features before the classifier, and {self.spec.network} does not end in a linear layer; "
@@ -390,7 +391,7 @@ class EmaQLT(EmaQ):
         z = ranks.mean_(deviations(features, labels, len(counts)))  # ranks may differ in the last running statistics
         low, high, _ = levene_bounds(z, labels, counts, self.params.zeta)
         d = distance(counts, low, high)
-        self.omega.copy_(class_weights(d, counts, self.params.rho, self.params.omega))
+        self.omega.copy_(class_weights(d, self.task.class_sizes, self.params.rho, self.params.omega))
         outside, lowest, highest = int((d > 0).sum()), float(self.omega.min()), float(self.omega.max())
         log.info(
             "Levene: %d of %d classes outside their bounds, weights %.3g to %.3g", outside, len(d), lowest, highest

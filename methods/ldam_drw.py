@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..bench.data import Batch
 
 
-def margins(counts: Sequence[int], largest: float) -> Tensor:
+def margins(counts: Sequence[float], largest: float) -> Tensor:
     """``m_j`` proportional to ``n_j^(-1/4)`` (Eq. 12), the rarest class that occurs has the ``largest``. float [classes]."""
     n = torch.tensor(counts, dtype=torch.float64)
     rarest = n[n > 0].min()
@@ -100,6 +100,7 @@ class LDAMDRW(HeadWrapper):
 
     name = "ldam-drw"
     paper = "Cao et al., Learning imbalanced datasets with label-distribution-aware margin loss, NeurIPS 2019, arXiv 1906.07413"
+    version = 2  # 2: domains of unequal size count alike, as in the batches
     fidelity = "paper"
     default_inner = "lsq"
     changes_net = True
@@ -145,7 +146,7 @@ class LDAMDRW(HeadWrapper):
     def prepare(self, net: nn.Module) -> None:
         """Margins and weights of the classes; the head's norms, now that its weight is quantized."""
         super().prepare(net)
-        counts = self.task.class_counts
+        counts = self.task.class_sizes
         self.register_buffer("margin", margins(counts, self.params.max_m), persistent=False)
         self.register_buffer("weight", class_balanced(counts, self.params.beta), persistent=False)
         self._measure(net)

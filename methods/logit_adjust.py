@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from ..bench.data import Batch
 
 
-def log_counts(counts: Sequence[int]) -> Tensor:
+def log_counts(counts: Sequence[float]) -> Tensor:
     """``log n``, float [classes]; a class without a training image counts as one with one image."""
-    return torch.tensor(counts).clamp(min=1).double().log().float()
+    n = torch.tensor(counts, dtype=torch.float64)
+    return torch.where(n > 0, n, 1.0).log().float()
 
 
 def on_classes(adjustment: Tensor, task: Task) -> Tensor:
@@ -32,7 +33,7 @@ def on_classes(adjustment: Tensor, task: Task) -> Tensor:
 class LogitAdjust(Wrapper):
     """Logit adjustment (Menon et al. 2021, arXiv 2007.07314) around any method that trains.
 
-    pi is a class's share of the training images.
+    pi is a class's share of the images that training draws, see `Task.class_sizes`.
     ``form="loss"`` trains with ``CE(f + tau log pi, y)`` (Eq. 10) and predicts by f; ``form="posthoc"`` trains as the inner method
     does and predicts by ``f - tau log pi`` (Eq. 9). With both, a class would be adjusted for twice. A head of superclasses is left
     alone. In the form ``loss`` all of the inner method's losses see the adjusted logits: distillation belongs outside
@@ -41,6 +42,7 @@ class LogitAdjust(Wrapper):
 
     name = "logit-adjust"
     paper = "Menon et al., Long-tail learning via logit adjustment, ICLR 2021, arXiv 2007.07314"
+    version = 2  # 2: domains of unequal size count alike, as in the batches
     fidelity = "paper"
     default_inner = "lsq"
     alters = frozenset({"logits"})
@@ -57,7 +59,7 @@ class LogitAdjust(Wrapper):
 
     def prepare(self, net: nn.Module) -> None:
         """``tau log pi``."""
-        log_prior = F.log_softmax(log_counts(self.task.class_counts), dim=0)
+        log_prior = F.log_softmax(log_counts(self.task.class_sizes), dim=0)
         self.register_buffer("adjustment", on_classes(self.params.tau * log_prior, self.task), persistent=False)
 
     def losses(self, out: Out, batch: Batch) -> dict[str, Tensor]:

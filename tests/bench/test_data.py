@@ -329,6 +329,28 @@ def test_only_open_test_gives_test_images(protocol):
             assert len(loader) == len(seen)
 
 
+def test_class_sizes_are_the_shares_of_the_classes_in_the_batches():
+    """Broken if a prior is that of all images, while each batch has equal shares of large and small domains."""
+    rng = torch.Generator().manual_seed(5)
+    made = []
+    for d, (images, rare) in enumerate(((300, 0.05), (60, 0.5), (40, 0.8))):
+        labels = (torch.rand(images, generator=rng) < rare).long()
+        made.append(Domain(f"d{d}", torch.zeros(images, 3, 8, 8, dtype=torch.uint8), labels))
+    data = DataModule(Loaded("uneven", made, "uneven", tuple("ab"), "shift"), "mdl", 0, 60)
+    seen = torch.zeros(2)
+    for epoch in range(30):
+        data.epoch = epoch
+        for batch in data.train_dataloader():
+            seen += torch.bincount(batch.y, minlength=2)
+    met, sizes = seen / seen.sum(), torch.tensor(data.task.class_sizes)
+    assert sizes.sum() == pytest.approx(sum(data.task.class_counts), rel=1e-6)
+    torch.testing.assert_close(met, sizes / sizes.sum(), atol=0.01, rtol=0)
+    pooled = torch.tensor(data.task.class_counts) / sum(data.task.class_counts)
+    assert (met - pooled).abs().max() > 0.1  # they can be told apart
+    alone = DataModule(Loaded("uneven", made, "uneven", tuple("ab"), "shift"), "single:d0", 0, 60)
+    assert alone.task.class_sizes == alone.task.class_counts
+
+
 def test_the_task_and_the_moments_know_the_training_split_only():
     """Broken if class counts or normalisation see validation, test or held-out images."""
     loaded = toy((60, 90, 80))

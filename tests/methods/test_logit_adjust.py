@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from qatbench.bench.testing import MethodContract, all_train, logits, ready, train
+from qatbench.bench.assemble import assemble
+from qatbench.bench.testing import MethodContract, all_train, float_net, logits, ready, train
 from tails import ABSENT, TAIL, gradient, losses_of, some_logits, tailed
 from torch.nn import functional as F
 
@@ -121,3 +123,26 @@ def test_logit_adjust_posthoc_trains_as_the_inner_method(tmp_path: Path) -> None
     train(wrapped, data, tmp_path / "wrapped")
     ours = alone.net.state_dict()
     assert all(torch.equal(ours[name], value) for name, value in wrapped.net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "chain", ["logit-adjust+lsq", "balanced-softmax+lsq", "cb-focal+lsq", "ldam-drw+lsq", "emaq-lt", "climbq"]
+)
+def test_the_prior_is_that_of_what_is_trained_on(chain: str) -> None:
+    """With domains of unequal size a method would make up for class sizes that no batch has."""
+    made, _ = ready(chain, domains=2)
+    tables = []
+    for counts, by_domain in (
+        ((90, 10, 15, 5), ((90, 0, 10, 0), (0, 10, 5, 5))),
+        ((54, 30, 21, 15), ()),  # 60 (n_1 / 100 + n_2 / 20)
+        ((90, 10, 15, 5), ()),
+    ):
+        task = replace(made.task, class_counts=counts, domain_counts=by_domain)
+        buffers = assemble(made.spec, float_net(), task, made.probe).named_buffers()
+        names = ("adjustment", "weight", "margin", "omega", "log_n", "scale")
+        tables.append({name: value for name, value in buffers if name.split(".")[-1] in names})
+    uneven, same, pooled = tables
+    assert uneven
+    for name, value in uneven.items():
+        torch.testing.assert_close(value, same[name], rtol=1e-6, atol=1e-6)
+    assert any(not torch.allclose(value, pooled[name], rtol=1e-3) for name, value in uneven.items())
