@@ -607,7 +607,7 @@ def _data_request(
         key, equals, text = setting.partition("=")
         if not equals or not key:
             raise UserError(f"--set {setting}: expected KEY=VALUE, e.g. size=64")
-        params[key.removeprefix(f"{name.partition(':')[0]}.")] = _value(text)
+        params[key.removeprefix(f"{name.partition(':')[0]}.")] = _value(text, setting)
     return params, Store(store)
 
 
@@ -618,7 +618,7 @@ def _with_settings(asked: dict[str, Any], settings: list[str]) -> dict[str, Any]
         key, equals, text = setting.partition("=")
         if not equals or not key:
             raise UserError(f"--set {setting}: expected KEY=VALUE, e.g. epochs=5 or kd.weight=0.9")
-        value = _value(text)
+        value = _value(text, setting)
         owner, dot, name = key.partition(".")
         if not dot and key in ("params", "data_params"):
             raise UserError(f"--set {setting}: write the owner and its key, e.g. kd.weight=0.9 or digits.limit=5000")
@@ -639,17 +639,14 @@ def _with_settings(asked: dict[str, Any], settings: list[str]) -> dict[str, Any]
     return values
 
 
-def _value(text: str) -> Any:
-    """``5``, ``0.1``, ``true``, ``null``, ``[a, b]`` as in a suite's YAML; whatever else is text."""
-    import yaml
+def _value(text: str, setting: str) -> Any:
+    """``5``, ``0.1``, ``true``, ``null``, ``[a, b]`` as in a suite's YAML; what does not follow its grammar is text."""
+    from .bench.yaml import NotYaml, parse
 
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # ValueError: 2020-13-45, which YAML takes for a date
+        return parse(text, f"--set {setting[:80]}")
+    except NotYaml:
         return text
-    with suppress(ValueError):  # YAML 1.1 takes 1e-3 for a string
-        return float(value) if isinstance(value, str) and "e" in value.lower() else value
-    return value
 
 
 def _chain(method: str) -> list[str]:

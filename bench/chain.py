@@ -10,7 +10,7 @@ from .errors import UserError, nearest
 from .hooks import check_attributes, failing_as
 from .method import Method, Wrapper
 from .registry import find
-from .spec import Frozen, validated
+from .spec import Frozen, chain_names, validated
 
 
 def members(text: str) -> list[type[Method]]:
@@ -19,7 +19,7 @@ def members(text: str) -> list[type[Method]]:
     Raises:
         UserError: A name is unknown, a method stands where only a wrapper can, or two members clash.
     """
-    names = [name.strip() for name in text.split("+")]
+    names = chain_names(text)
     if not all(names):
         raise UserError(f"method {text!r} is not a chain of names joined by '+', e.g. kd+lsq")
     classes = [find("methods", name) for name in names]
@@ -30,7 +30,7 @@ def members(text: str) -> list[type[Method]]:
         inner = classes[-1].default_inner
         if inner is None:
             raise UserError(f"{classes[-1].name} is a wrapper; name what it wraps, e.g. {classes[-1].name}+lsq")
-        classes += [find("methods", name) for name in inner.split("+")]
+        classes += [find("methods", name) for name in chain_names(inner)]
     _refuse_clashes(text, classes)
     return classes
 

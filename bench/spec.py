@@ -5,14 +5,26 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from .errors import UserError, nearest
+from .yaml import load
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -42,17 +54,45 @@ class Frozen(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """``true`` would count as 1, in a list as well."""
+        if any(isinstance(part, bool) for part in _leaves(value)):
+            kinds = set(_kinds(cls.model_fields[str(info.field_name)].annotation))
+            if kinds & {int, float} and not kinds & {bool, Any}:
+                raise ValueError("a number is needed, not true or false")
+        return value
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The plain types in an annotation."""
+    inner = get_args(annotation)
+    if not inner:
+        yield annotation
+    for part in inner[:1] if get_origin(annotation) is Annotated else inner:
+        yield from _kinds(part)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(part)
+    else:
+        yield value
+
 
 def _read_plan(value: Any) -> Any:
     """A plan as given, or out of a file: a mapping of layers to ``w4a4``, or a run's record."""
     if isinstance(value, str):
-        import yaml
-
         try:
-            found = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = getattr(error, "strerror", None) or "it is not YAML"
-            raise ValueError(f"plan {value} cannot be read: {reason}; give a YAML file of lines LAYER: w4a4") from None
+            found = load(Path(value), "plan")
+        except FileNotFoundError:
+            raise ValueError(
+                f"plan {value} cannot be read: No such file or directory; give a YAML file of lines LAYER: w4a4"
+            ) from None
+        except UserError as error:
+            raise ValueError(f"plan {error}; give lines LAYER: w4a4") from None
         if isinstance(found, dict) and isinstance(found.get("cost"), dict):
             found = found["cost"].get("plan")
         if not isinstance(found, dict):
@@ -148,6 +188,11 @@ class RunSpec(Recipe):
     bits: BitsText = "w4a4"
     seed: Seed = 0
 
+    @field_validator("method")
+    @classmethod
+    def _method(cls, value: str) -> str:
+        return "+".join(chain_names(value))
+
     @field_validator("bits")
     @classmethod
     def _bits(cls, value: str) -> str:
@@ -177,6 +222,7 @@ def _as_tuple(value: Any) -> Any:
 
 
 Several = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+MOST_CELLS = 20_000  # of a suite; to look at so many takes seconds
 AXES = ("data", "data_params", "protocol", "network", "method", "params", "bits", "seed")
 
 
@@ -201,26 +247,64 @@ class SuiteSpec(Recipe):
     bits: Several = ("w4a4",)
     seed: Annotated[tuple[Seed, ...], BeforeValidator(_as_tuple), Field(min_length=1)] = (0,)
 
-    def cells(self) -> list[RunSpec]:
-        """Every combination, then those of ``also``, as they were asked for (`resolve` normalises them)."""
-        own = self.model_dump(exclude={"also"})
-        common = {k: v for k, v in own.items() if k not in (*AXES, "name", "description")}
-        points = itertools.product(*(getattr(self, axis) for axis in AXES))
+    def cells(self, members: Callable[[str], Sequence[str]] | None = None) -> list[RunSpec]:
+        """Every combination, then those of ``also``, as they were asked for (`resolve` normalises them).
+
+        Args:
+            members: The names of a chain's members, given the chain; default: those that it spells out.
+
+        Raises:
+            UserError: A cell is wrong, ``params`` name what is no method of the suite, or there are too many cells.
+        """
+        members = members or chain_names
         where = f"suite {self.name}"
+        self._check_owners(members, where)
         cells = []
-        for point in points:
-            spec = dict(zip(AXES, point, strict=True))
-            cells.append(
-                validated(RunSpec, {**common, **spec, "params": params_of(spec["method"], spec["params"])}, where)
-            )
-        for more in self.also:
-            cells += validated(SuiteSpec, {**own, **more}, f"{where}, also").cells()
+        for spec in self._points(where):
+            ours = params_of(members(spec["method"]), spec["params"])
+            cells.append(validated(RunSpec, spec | {"params": ours}, where))
         return cells
 
+    def _points(self, where: str) -> list[dict[str, Any]]:
+        """The keys and values of each cell, with the params of all methods."""
+        own = self.model_dump(exclude={"also"})
+        common = {k: v for k, v in own.items() if k not in (*AXES, "name", "description")}
+        axes = [getattr(self, axis) for axis in AXES]
+        if math.prod(map(len, axes)) > MOST_CELLS:
+            raise UserError(
+                f"{where} has {math.prod(map(len, axes)):,} cells; at most {MOST_CELLS:,}: make several of it"
+            )
+        points = [common | dict(zip(AXES, point, strict=True)) for point in itertools.product(*axes)]
+        for more in self._also(where):
+            points += more._points(f"{where}, also")
+            if len(points) > MOST_CELLS:
+                raise UserError(f"{where} has more than {MOST_CELLS:,} cells; make several of it")
+        return points
 
-def params_of(method: str, params: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The part of a suite's ``params`` that the members of this chain read."""
-    members = method.split("+")
+    def _also(self, where: str) -> Iterator[SuiteSpec]:
+        own = self.model_dump(exclude={"also"})
+        return (validated(SuiteSpec, own | more, f"{where}, also") for more in self.also)
+
+    def _check_owners(self, members: Callable[[str], Sequence[str]], where: str) -> set[str]:
+        """The names of all methods; refuses settings of what is none of them, which would be left out in silence."""
+        names = {name for method in self.method for name in members(method)}
+        for more, also in zip(self.also, self._also(where), strict=True):
+            inherited = {} if "params" in more else {"params": ({},)}  # of methods that it need not have
+            names |= also.model_copy(update=inherited)._check_owners(members, f"{where}, also")
+        for owner in (owner for params in self.params for owner in params):
+            if owner not in names:
+                raise UserError(f"{where}: params: {owner!r} is no method of it{nearest(owner, names)}")
+        return names
+
+
+def chain_names(method: str) -> list[str]:
+    """The names that a chain spells out: ``"kd + lsq"`` is ``"kd+lsq"``."""
+    return [name.strip() for name in method.split("+")]
+
+
+def params_of(members: Iterable[str], params: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The part of a suite's ``params`` that these members of a chain read."""
+    members = list(members)
     return {k: v for k, v in params.items() if k in members}
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..bench.chain import members
 from ..bench.resolve import Resolved, resolve
 from ..bench.spec import RunSpec, SuiteSpec, canonical_json
 
@@ -13,10 +15,16 @@ from ..bench.spec import RunSpec, SuiteSpec, canonical_json
 def expand(suite: SuiteSpec, *, data_root: Path | None, cache: Path) -> list[Resolved]:
     """The suite's runs in its own order. Cells that normalise alike (fp32 under w4a4 and w2a2) are one run."""
     runs: dict[str, Resolved] = {}
-    for spec in suite.cells():
+    for spec in suite.cells(_members):
         resolved = resolve(spec, data_root=data_root, cache=cache)
         runs.setdefault(resolved.run_id, resolved)
     return list(runs.values())
+
+
+@functools.cache
+def _members(method: str) -> tuple[str, ...]:
+    """The names in a chain, those that a wrapper brings along too."""
+    return tuple(cls.name for cls in members(method))
 
 
 def labels(specs: Sequence[RunSpec]) -> list[str]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-
-import yaml
+from typing import Any
 
 from ..bench.errors import UserError, nearest
 from ..bench.spec import SuiteSpec, validated
+from ..bench.yaml import load
 
 SUITES = Path(__file__).parent / "suites"
-_LARGEST = 1_000_000  # bytes; a suite is a few lines
 
 
 def suite_names() -> list[str]:
@@ -30,28 +29,15 @@ def load_suite(name: str) -> SuiteSpec:
     if not is_path and name not in suite_names():
         raise UserError(f"unknown suite {name!r}{nearest(name, suite_names())} (or give the path of a .yaml file)")
     path = Path(name) if is_path else SUITES / f"{name}.yaml"
-    values = _read(path)
-    if isinstance(values.get("plan"), str):
-        values["plan"] = str(path.parent / values["plan"])
+    values = _beside(_read(path), path.parent)
     return validated(SuiteSpec, {"name": path.stem, **values}, f"suite {path if is_path else name}")
 
 
-def _read(path: Path) -> dict:
+def _read(path: Path) -> dict[str, Any]:
     try:
-        size = path.stat().st_size
-        if path.is_dir():
-            raise UserError(f"{path} is a directory; a suite is a .yaml file")
-        if size > _LARGEST:
-            raise UserError(f"{path} has {size / 1e6:.0f} MB; a suite is a few lines of YAML (at most 1 MB)")
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = load(path, "suite")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; suites that come with qatbench: {', '.join(suite_names())}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not text; a suite is a YAML file") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from None
     if values is None:
         raise UserError(f"{path} is empty; a suite names at least its methods, e.g. `method: [fp32, lsq]`")
     if not isinstance(values, dict):
@@ -59,3 +45,13 @@ def _read(path: Path) -> dict:
             f"{path} holds a {type(values).__name__}; a suite is keys and values, e.g. `method: [fp32, lsq]`"
         )
     return values
+
+
+def _beside(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The values with each plan's path as seen from the suite's folder."""
+    found = dict(values)
+    if isinstance(found.get("plan"), str):
+        found["plan"] = str(folder / found["plan"])
+    if isinstance(found.get("also"), list):
+        found["also"] = [_beside(more, folder) if isinstance(more, dict) else more for more in found["also"]]
+    return found

@@ -3,17 +3,18 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from qatbench.bench.errors import UserError, nearest
 from qatbench.bench.seeds import seed_for
 from qatbench.bench.spec import (
     Bits,
     Budget,
+    Frozen,
     RunSpec,
     SuiteSpec,
     bits_text,
@@ -255,9 +256,82 @@ def test_suite_name_is_a_file_name(name: str) -> None:
 def test_a_cell_keeps_the_params_of_its_own_chain() -> None:
     """A suite with ``params`` for one method would be refused by all others, or move their ids."""
     params = {"kd": {"weight": 0.3}, "pact": {"alpha": 4.0}}
-    assert params_of("kd+lsq", params) == {"kd": {"weight": 0.3}}
+    assert params_of(["kd", "lsq"], params) == {"kd": {"weight": 0.3}}
     suite = SuiteSpec(name="s", method=["lsq", "pact", "kd+pact"], params=params)  # type: ignore[arg-type]
     assert [set(cell.params) for cell in suite.cells()] == [set(), {"pact"}, {"kd", "pact"}]
+
+
+@pytest.mark.parametrize("chain", ["kd + lsq", " kd+lsq", "kd +lsq "])
+def test_blanks_in_a_chain_are_none(chain: str) -> None:
+    """`kd + lsq` would train as kd+lsq, but without its settings, and under another name."""
+    suite = SuiteSpec(name="s", method=chain, params={"kd": {"weight": 0.3}})  # type: ignore[arg-type]
+    assert suite.cells() == SuiteSpec(name="s", method="kd+lsq", params={"kd": {"weight": 0.3}}).cells()  # type: ignore[arg-type]
+    assert RunSpec(method=chain).method == "kd+lsq"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"method": "kd+lsq", "params": {"kdd": {}}}, "'kdd' is no method of it; did you mean 'kd'?"),
+        ({"method": "lsq", "params": {"kd": {}}}, "'kd' is no method of it; known: lsq"),
+        ({"method": "lsq", "params": [{}, {"lqs": {}}]}, "'lqs' is no method of it; did you mean 'lsq'?"),
+        ({"method": "lsq", "params": {"lsq": {}}, "also": [{"bits": "w2a2", "params": {"lsqq": {}}}]}, "also: params: 'lsqq'"),
+        ({"method": "lsq", "params": {"pact": {}}, "also": [{"method": "pact", "params": {"lsq": {}}}]}, "also: params: 'lsq'"),
+    ],
+)  # fmt: skip
+def test_params_of_no_method_of_the_suite_are_refused(values: dict, words: str) -> None:
+    """A misspelt method's settings would be left out, and its default trained under their name."""
+    with pytest.raises(UserError, match="suite s") as caught:
+        validated(SuiteSpec, {"name": "s", **values}, "suite s").cells()
+    assert words in str(caught.value)
+
+
+def test_params_may_be_those_of_one_cell_alone() -> None:
+    """A suite could not give settings to a method of `also`, or to what a wrapper brings along."""
+    values = {
+        "name": "s",
+        "method": "lsq",
+        "params": {"pact": {"alpha": 2}},
+        "also": [{"method": "kd+pact"}, {"seed": 1}],
+    }
+    assert [c.params for c in validated(SuiteSpec, values, "s").cells()] == [{}, {"pact": {"alpha": 2}}, {}]
+    inner = SuiteSpec(name="s", method="wrap", params={"lsq": {"x": 1}})  # type: ignore[arg-type]
+    assert inner.cells(lambda chain: [*chain.split("+"), "lsq"])[0].params == {"lsq": {"x": 1}}
+
+
+@pytest.mark.parametrize("key", ["lr", "epochs", "seed", "clip", "batch", "momentum"])
+@pytest.mark.parametrize("value", [True, False])
+def test_truth_is_no_number(key: str, value: bool) -> None:
+    """`lr: true` would train at 1.0, and `seed: [true, 0]` at seed 1."""
+    assert "not true or false" in refusal({"method": "lsq", key: value})
+    if key == "seed":
+        assert "not true or false" in refusal({"name": "s", "method": "lsq", "seed": [0, value]}, SuiteSpec)
+
+
+def test_truth_is_no_number_among_a_plugins_settings_either() -> None:
+    """`--set emaq.momentum=true` would be 1.0."""
+
+    class Params(Frozen):
+        share: float | None = None
+        steps: Annotated[tuple[int, ...], Field(max_length=3)] = ()
+        mixed: int | bool = 1
+        flag: bool = False
+        free: dict[str, Any] = Field(default_factory=dict)
+
+    for wrong in ({"share": True}, {"steps": [1, True]}):
+        assert "not true or false" in refusal(wrong, Params)
+    assert validated(Params, {"mixed": True, "flag": True, "free": {"a": True}}, "here").free == {"a": True}
+
+
+def test_a_suite_has_so_many_cells_at_most() -> None:
+    """Five short lists would fill the memory before the first run."""
+    lists = {"method": ["lsq"] * 50, "network": ["a"] * 50, "data": ["b"] * 50}
+    with pytest.raises(UserError, match=r"125,000 cells"):
+        validated(SuiteSpec, {"name": "s", **lists}, "suite s").cells()
+    half = {"name": "s", "method": ["lsq"] * 100, "network": ["a"] * 100}
+    nested = half | {"also": [{"seed": 1}, {"seed": 2, "also": [{"seed": 3}]}]}
+    with pytest.raises(UserError, match=r"more than 20,000 cells"):
+        validated(SuiteSpec, nested, "suite s").cells()
 
 
 def test_nearest_names_one_or_lists_all() -> None:
@@ -326,6 +400,8 @@ def test_a_plan_from_a_file(tmp_path: Any) -> None:
     record.write_text(json.dumps({"cost": {"plan": {"conv1": [8, 8], "body": [2, 4], "head": [32, 8]}}}))
     assert validated(RunSpec, {"method": "lsq", "plan": str(record), "bits": "w2a2"}, "run") == spec
     assert RunSpec(**json.loads(spec.canonical())) == spec
+    file.write_text("0: w8a8\nlayer1.010: w2a4\n")
+    assert set(validated(RunSpec, {"method": "lsq", "plan": str(file)}, "run").plan or ()) == {"0", "layer1.010"}
     file.write_text("conv1: w8a8\nbody: w3a4\nhead: [32, 8]\n")
     assert validated(RunSpec, {"method": "lsq", "plan": str(file)}, "run").bits != spec.bits
 
@@ -334,7 +410,8 @@ def test_a_plan_from_a_file(tmp_path: Any) -> None:
     ("text", "words"),
     [
         ("conv1: w9a4", "weights take 1 to 8 bits"), ("conv1: 4", "not of the form"), ("conv1: avg3", "is an average"),
-        ("- a", "holds no plan"), ("", "holds no plan"), ("a: [", "cannot be read: it is not YAML"), (None, "No such file"),
+        ("- a", "holds no plan"), ("", "holds no plan"), ("a: [", "is not YAML"), (None, "No such file"),
+        ("a: w4a4\na: w2a2", "line 2: key 'a' stands twice"), ("a: !!bool x", "tag '!!bool'"), ("a: [true, 4]", "not of the form"),
     ],
 )  # fmt: skip
 def test_a_wrong_plan_file_is_one_line(text: str | None, words: str, tmp_path: Any) -> None:

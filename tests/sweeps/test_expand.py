@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qatbench.bench.errors import UserError
 from qatbench.bench.spec import SuiteSpec
 from qatbench.sweeps.expand import expand, labels
 from qatbench.sweeps.suite import load_suite, suite_names
@@ -73,3 +74,12 @@ def test_suites_that_come_along(cache):
     digits = load_suite("digits")
     assert (digits.data, digits.data_params, digits.seed) == (("digits",), ({"limit": 5000},), (0, 1, 2))
     assert len(digits.cells()) == 6 * 2 * 3
+
+
+def test_settings_reach_what_a_wrapper_brings_along(cache):
+    """`params: {lsq: ...}` of a suite with sam, which is sam+lsq, would be left out in silence."""
+    suite = SuiteSpec(name="s", method="sam", params={"lsq": {"nothing": 1}})
+    with pytest.raises(UserError, match="params of lsq: unknown key 'nothing'"):
+        expand(suite, data_root=None, cache=cache)
+    with pytest.raises(UserError, match="'lqs' is no method of it; did you mean 'lsq'"):
+        expand(SuiteSpec(name="s", method="sam", params={"lqs": {}}), data_root=None, cache=cache)
