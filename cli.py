@@ -176,9 +176,11 @@ def run(
     _load(plugin)
     spec = validated(RunSpec, _with_settings(asked, settings or []), "run")
     from .bench.resolve import resolve
+    from .bench.runner import pick_device
     from .bench.runner import run as run_one
 
     where = Store(store)
+    pick_device(device)  # an unknown one is refused before the data is prepared
     resolved = resolve(spec, data_root=data_root, cache=where.cache)
     known = where.read(resolved.run_id)
     with _watching(resolved.spec.label, quiet=as_json) as tell:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .augment import find_augment
 from .chain import build, chain_params, members, normal_name
-from .data import Loaded, find_data, make_splits, make_task, open_data, parse_protocol
+from .data import DataSet, Loaded, find_data, make_splits, make_task, open_data, parse_protocol
 from .edges import pair
 from .errors import RunFailed, UserError, nearest
 from .method import Method, Wrapper
 from .network import check_network
-from .registry import plugin
+from .registry import find, plugin
 from .site import Site
 from .spec import FLOAT_BITS, Bits, Budget, RunSpec, bits_text, canonical_json, content_hash, parse_bits
 from .task import Task
@@ -79,15 +80,12 @@ def resolve(spec: RunSpec, *, data_root: Path | None, cache: Path) -> Resolved:
     """
     chain = members(spec.method)
     params = {k: v.model_dump(mode="json") for k, v in chain_params(spec.method, spec.params).items()}
-    loaded = _open(spec.data, spec.data_params, data_root, cache)
-    long_tailed = loaded.params.imbalance is not None
-    protocol = parse_protocol(spec.protocol or ("longtail" if long_tailed else None), loaded.names).name
-    if spec.selection != "last" and not loaded.params.val:
-        raise UserError(f"selection={spec.selection} needs validation images; use selection=last, or a val above 0")
+    dataset = find_data(spec.data, spec.data_params, data_root, cache)
+    protocol = _check_request(spec, dataset)
+    loaded = _open(spec.data, dataset.params, data_root, cache)
     task = _task(loaded, protocol, spec.seed)
     _check_imbalance(loaded, task)
     sites = _check_network(spec, loaded, task)
-    find_augment(spec.augment, loaded.augment)  # refuses an unknown name
     augment = loaded.augment if spec.augment == "default" else spec.augment
     ours = {"method": normal_name(spec.method), "params": params, "data_params": loaded.data_params}
     normal = spec.model_copy(update={**ours, "protocol": protocol, "augment": augment})
@@ -112,6 +110,27 @@ def resolve(spec: RunSpec, *, data_root: Path | None, cache: Path) -> Resolved:
         skip=skip,
         broken=broken,
     )
+
+
+def _check_request(spec: RunSpec, dataset: DataSet) -> str:
+    """The protocol's full name; refuses at once what can be told before a data set is prepared, which may take an hour."""
+    long_tailed = dataset.params.imbalance is not None
+    protocol = parse_protocol(spec.protocol or ("longtail" if long_tailed else None), dataset.selected)
+    find("networks", spec.network)
+    find_augment(spec.augment, dataset.augment)
+    if spec.selection != "last" and not dataset.params.val:
+        raise UserError(f"selection={spec.selection} needs validation images; use selection=last, or a val above 0")
+    domains = len(protocol.train)
+    share = max(1, spec.batch // domains)
+    if spec.accumulate > share:
+        each = f", {share} of each domain" if domains > 1 else ""
+        raise UserError(
+            f"accumulate={spec.accumulate} cuts a batch into more parts than it has images ({spec.batch}{each}); "
+            f"take batch={spec.accumulate * domains} or more, or accumulate={share} or less"
+        )
+    with suppress(RunFailed):  # a plugin that cannot be made is recorded as a failed run
+        _bits(build(spec.method, spec.params), spec.method, spec)
+    return protocol.name
 
 
 def _of_method(spec: RunSpec, sites: tuple[Site, ...], task: Task) -> tuple[RunSpec, str | None]:
@@ -231,12 +250,11 @@ def _version(kind: str, name: str) -> str:
 _opened: dict[tuple[str, str, Path | None, Path], Loaded] = {}
 
 
-def _open(data: str, params: dict[str, Any], root: Path | None, cache: Path) -> Loaded:
+def _open(data: str, params: DataSet.Params, root: Path | None, cache: Path) -> Loaded:
     """Open a data set once a process and setting."""
-    settings = find_data(data, params, root, cache).params
-    key = (data, canonical_json(settings.model_dump(mode="json")), root, cache)
+    key = (data, canonical_json(params.model_dump(mode="json")), root, cache)
     if key not in _opened:
-        _opened[key] = open_data(data, settings, root, cache)
+        _opened[key] = open_data(data, params, root, cache)
     return _opened[key]
 
 

@@ -155,7 +155,7 @@ class Recipe(Frozen):
     selection: Literal["last", "best", "best_per_domain"] = Field(
         "last", description="which epoch, by validation accuracy"
     )
-    calibration: int = Field(256, ge=1, description="training images in the probe batch")
+    calibration: int = Field(256, ge=1, le=100_000, description="training images in the probe batch")
 
     @field_validator("precision", mode="before")
     @classmethod

@@ -327,3 +327,41 @@ def test_a_plan_must_name_every_layer_and_no_other(find_run: FindRun) -> None:
     with pytest.raises(UserError, match=r"takes 2 to 8 bits .* not w1a4 \(conv1\)"):
         find_run("lsq", plan=plan | {"conv1": "w1a4"})
     assert find_run("fp32", plan=plan) == find_run("fp32")
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"batch": 4, "accumulate": 3}, "2 of each domain); take batch=6 or more, or accumulate=2 or less"),
+        ({"batch": 4, "accumulate": 5, "protocol": "single:a"}, "(4); take batch=5 or more, or accumulate=4 or less"),
+        ({"batch": 9, "accumulate": 9, "protocol": "lodo:a", "method": "kd+lsq"}, None),
+        ({"protocol": "mld"}, "no protocol 'mld'"),
+        ({"protocol": "lodo:c"}, "no domain 'c'"),
+        ({"network": "resnet9"}, "unknown network 'resnet9'"),
+        ({"augment": "shfit"}, "did you mean 'shift'"),
+        ({"bits": "w1a4"}, "lsq takes 2 to 8 bits"),
+        ({"bits": "w32a32"}, "use method fp32"),
+        ({"selection": "best", "data_params": {"val": 0}}, "needs validation images"),
+        ({"params": {"lsq": {"x": 1}}}, "unknown key 'x'"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_data_is_prepared(
+    find_run: FindRun, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], words: str | None
+) -> None:
+    """A typing error would be told after an hour of decoding, or after the float network was trained."""
+
+    def opened(*_: Any) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(resolving, "open_data", opened)
+    with pytest.raises(UserError if words else InterruptedError) as caught:
+        find_run(**asked)
+    assert (words or "") in str(caught.value)
+
+
+def test_one_image_for_a_norm_is_refused_before_training(find_run: FindRun) -> None:
+    """resnet18 leaves one value a channel of an 8x8 image: torch would say so after the data set was prepared and opened."""
+    for asked in ({"batch": 1}, {"batch": 3, "accumulate": 3}):
+        with pytest.raises(UserError, match=r"BatchNorm one value a channel; raise batch, or lower accumulate"):
+            find_run(network="resnet18", protocol="single:a", **asked)
+    find_run(network="resnet18", batch=1)  # of two domains one each
