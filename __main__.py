@@ -21,6 +21,8 @@ def main() -> None:
     except (KeyboardInterrupt, Interrupted) as stop:
         status = _say(str(stop) or "interrupted", 130)
     except (BrokenPipeError, SystemExit) as end:  # `qatbench list ... | head`; typer turns that into SystemExit
+        if type(end).__name__ == "SIGTERMException":  # Lightning's, which would end as if all was done
+            sys.exit(_say("terminated; the same command goes on from the last finished epoch", 143))
         if not isinstance(end, BrokenPipeError) and not isinstance(end.__context__, BrokenPipeError):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python flushes when it ends

@@ -18,7 +18,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from torch import nn
 from .assemble import assemble
 from .chain import build
 from .data import DataModule, open_data
-from .errors import Diverged, RunFailed, UserError
+from .errors import Diverged, RunFailed, UserError, trouble
 from .fit import (
     LAST,
     Progress,
@@ -53,7 +53,7 @@ from .resolve import Resolved, resolve
 from .secrets import Scrubbed, scrub
 from .seeds import seed_for
 from .spec import RunSpec
-from .store import FULL, Store, write_json
+from .store import BusyError, Store, write_json
 from .task import combine
 from .traces import Traces
 from .tracking import Tracker
@@ -87,21 +87,23 @@ def run(
         The record. A run that failed has one, too; a run that is done is not run again.
 
     Raises:
-        UserError: The request was wrong (data, store), not the run.
+        UserError: The request was wrong (data, store), not the run; or the machine ended it (a full disk), and it is left as it is.
     """
     old = store.read(resolved.run_id)
     if old is not None and old["status"] == "done":
         return old
     pick_device(device)  # refused before anything is written
-    with store.lock(resolved.run_id):
+    with _held(store, resolved.run_id, "this run"):
         old = store.read(resolved.run_id)
         if old is not None and old["status"] == "done":  # by another process, while this one waited
             return old
         folder = store.path(resolved.run_id)
         folder.mkdir(parents=True, exist_ok=True)
-        with _logging_to(folder / "log.txt"):
-            record = _attempt(resolved, store, folder, data_root, device, wandb, suite, progress)
-        clear(folder)
+        try:
+            with _logging_to(folder / "log.txt"):
+                record = _attempt(resolved, store, folder, data_root, device, wandb, suite, progress)
+        finally:
+            clear(folder)
         store.write(record)
         return record
 
@@ -142,25 +144,40 @@ def _attempt(
         measured = session.measure(float_folder)
         measured["time"] = record["time"] | measured["time"]
         record |= {"status": "done", "reason": None, **measured}
-    except Diverged as error:
-        record |= {"status": "failed", "reason": f"{error}; take a smaller lr"}
-    except (RunFailed, torch.OutOfMemoryError, MemoryError) as error:
-        record |= {"status": "failed", "reason": one_line(error)}
-        if error.__cause__ is not None:  # a hook raised it: its line in the plugin is in the traceback
-            log.error("%s", traceback.format_exc())
-    except UserError:
-        tracker.finish(failed=True)
-        raise
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in FULL
-        reason = f"no space left on the disk of {store.root}" if full else f"{type(error).__name__}: {one_line(error)}"
-        record |= {"status": "failed", "reason": reason}
-        log.error("%s", traceback.format_exc())
+        plain = isinstance(error, UserError | RunFailed | MemoryError | torch.OutOfMemoryError)
+        if (
+            not plain or error.__cause__ is not None
+        ):  # e.g. a hook raised it: its line in the plugin is in the traceback
+            log.error("%s", traceback.format_exc())
+        if isinstance(error, UserError):
+            tracker.finish(failed=True)
+            raise
+        if (what := trouble(error)) is not None:
+            tracker.finish(failed=True)
+            raise UserError(f"{what} (store {store.root}); mend that, and the same command goes on") from error
+        reason = one_line(error) if plain else f"{type(error).__name__}: {one_line(error)}"
+        record |= {
+            "status": "failed",
+            "reason": reason + ("; take a smaller lr" if isinstance(error, Diverged) else ""),
+        }
     record["time"] |= {"wall_s": time.perf_counter() - clock}
     record["provenance"] = {**_provenance(resolved, device), **record["provenance"], "log": str(folder / "log.txt")}
     record["wandb"] = tracker.finish(record["metrics"], failed=record["status"] == "failed")
     log.info("%s %s", record["status"], record["reason"] or "")
     return record
+
+
+@contextmanager
+def _held(store: Store, lock: str, what: str) -> Iterator[None]:
+    """Hold a lock; whoever has to wait for it is told so, once."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(store.lock(lock, wait=False))
+        except BusyError:
+            print(f"waiting for another process that trains {what}", file=sys.stderr, flush=True)
+            held.enter_context(store.lock(lock))
+        yield
 
 
 def train_float(
@@ -179,7 +196,7 @@ def train_float(
     folder = store.float_path(resolved.float_id)
     if (folder / "result.json").exists():
         return folder
-    with store.lock(f"float-{resolved.float_id}"):
+    with _held(store, f"float-{resolved.float_id}", "the float network"):
         if (folder / "result.json").exists():
             return folder
         folder.mkdir(parents=True, exist_ok=True)

@@ -41,12 +41,20 @@ from .status import Entry, standing
 from .worker import Job, Setting, unmeasured
 
 _LOOK_AGAIN = 2.0  # seconds between looks at what another process trains
+_CRASHES = {  # signals that code brings on itself; all others come from outside
+    getattr(signal, name)
+    for name in ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS")
+    if hasattr(signal, name)
+}
 _GRACE = 5.0  # seconds between asking a worker to end and killing it
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """How a sweep ended: numbers of runs, and the signal or time limit that stopped it, if one did."""
+    """How a sweep ended: numbers of runs, and the signal or time limit that stopped it, if one did.
+
+    `left` are those that have no result yet; of these, the machine ended `broken_off` (a full disk, a process killed from outside).
+    """
 
     done: int
     failed: int
@@ -55,11 +63,12 @@ class SweepResult:
     signal: int | None = None
     out_of_time: bool = False
     dry_run: bool = False
+    broken_off: int = 0
 
     @property
     def exit_status(self) -> int:
-        """0: nothing failed (the time limit may have been reached); 1: some failed; 130 or 143: interrupted."""
-        return 128 + self.signal if self.signal else int(self.failed > 0 and not self.dry_run)
+        """0: nothing failed (the time limit may have been reached); 1: some failed or were broken off; 130 or 143: interrupted."""
+        return 128 + self.signal if self.signal else int(self.failed + self.broken_off > 0 and not self.dry_run)
 
 
 def sweep(
@@ -132,7 +141,9 @@ def sweep(
         launch.run()
     _tell_end(console, progress, launch, command or f"qatbench sweep {suite.name}", time_limit)
     left = total - progress.done - progress.failed
-    return SweepResult(progress.done, progress.failed, len(entries) - progress.total, left, launch.signal, launch.late)
+    skipped = len(entries) - progress.total
+    ended = (launch.signal, launch.late)
+    return SweepResult(progress.done, progress.failed, skipped, left, *ended, broken_off=progress.broken_off)
 
 
 class _Worker:
@@ -242,8 +253,11 @@ class _Launch:
             finally:
                 for worker in self.workers:
                     worker.ask_to_end(hard=not clean)
+                end = time.monotonic() + _GRACE  # for all of them: a batch system gives us half a minute
                 for worker in self.workers:
-                    worker.end()
+                    worker.end(max(0.0, end - time.monotonic()))
+                    if worker.job:
+                        scrub_file(worker.job.log(self.store))
 
     def _going_on(self) -> bool:
         self.late = self.deadline is not None and time.monotonic() >= self.deadline
@@ -297,6 +311,8 @@ class _Launch:
             self.progress.ended(None, job, value, "by another process")
         elif kind == "no float":
             self._float_failed(job, value)
+        elif kind == "left":
+            self._break_off(job, value)
 
     def _release(self, net: Job) -> None:
         self.ready.extend(self.blocked.pop(net.resolved.float_id, ()))
@@ -307,6 +323,11 @@ class _Launch:
         self.progress.float_failed(net, reason, log, len(jobs))
         for job in jobs:
             self._fail(job, f"float network: {reason}", log, told=True)
+
+    def _break_off(self, job: Job, reason: str) -> None:
+        """Leave a job to the next sweep, and the runs that need it: what the machine did is no result of theirs."""
+        runs = self.blocked.pop(job.resolved.float_id, []) if job.float_net else [job]
+        self.progress.broke_off(job, reason, job.log(self.store), len(runs))
 
     def _fail(self, job: Job, reason: str, log: Path, told: bool = False) -> None:
         """Record a run as failed, unless another process has it by now."""
@@ -331,7 +352,9 @@ class _Launch:
         place = self.workers.index(worker)
         self.workers[place] = _Worker(worker.number, worker.place, self.setting, self.inbox)
         job = worker.job
-        if job and job.float_net:
+        if job and status < 0 and -status not in _CRASHES:
+            self._break_off(job, _death(status))
+        elif job and job.float_net:
             self._float_failed(job, _death(status))
         elif job:
             self._fail(job, _death(status), job.log(self.store))
@@ -473,7 +496,9 @@ def _tell_plan(
 
 def _tell_end(console: Console, progress: Progress, launch: _Launch, command: str, time_limit: str | None) -> None:
     """How to go on, if it was stopped."""
-    if launch.signal or launch.late:
-        what = "Interrupted" if launch.signal else f"Time limit of {time_limit} reached"
+    if launch.signal or launch.late or progress.broken_off:
+        runs = f"{progress.broken_off} run{'s' * (progress.broken_off != 1)}"
+        what = f"The machine ended {runs}" if progress.broken_off else f"Time limit of {time_limit} reached"
+        what = "Interrupted" if launch.signal else what
         numbers = f"{progress.done} of {progress.total} runs are done, nothing finished is lost"
         console.print(f"{what}: {numbers}. Go on with: {command}", highlight=False, soft_wrap=True, markup=False)

@@ -116,6 +116,7 @@ class Progress:
         done, failed: Runs that ended, those of earlier sweeps too.
         left: Jobs that no worker has begun.
         waiting: Jobs that another process trains.
+        broken_off: Runs that the machine ended, or that it kept from beginning.
     """
 
     def __init__(self, console: Console, name: str, total: int, done: int, failed: int, workers: int) -> None:
@@ -123,6 +124,7 @@ class Progress:
         self.total, self.done, self.failed, self.workers = total, done, failed, workers
         self.left: list[Job] = []
         self.waiting: list[Job] = []
+        self.broken_off = 0
         self.active: dict[int, Active] = {}
         self.began = time.monotonic()
         self.clock = Clock()
@@ -154,6 +156,13 @@ class Progress:
     def float_failed(self, job: Job, reason: str, log: Path, runs: int) -> None:
         """A float network could not be trained, nor can the runs that start from it."""
         self.say(f"[red]failed[/] {escape(job.label)}, and with it {runs} run{'s' * (runs != 1)}: {escape(reason)}")
+        self.say(f"       [dim]log: {escape(str(log))}[/]")
+
+    def broke_off(self, job: Job, reason: str, log: Path, runs: int) -> None:
+        """The machine ended a job, e.g. by a full disk: it, or the runs that need it, are left."""
+        self.broken_off += runs
+        more = f", and with it {runs} run{'s' * (runs != 1)}" if job.float_net else ""
+        self.say(f"[yellow]left[/]   {escape(job.label)}{more}: {escape(reason)}")
         self.say(f"       [dim]log: {escape(str(log))}[/]")
 
     def ended(self, worker: int | None, job: Job, record: dict[str, Any], note: str = "", quiet: bool = False) -> None:

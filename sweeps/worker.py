@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from ..bench.errors import RunFailed, UserError
+from ..bench.errors import RunFailed, UserError, trouble
 from ..bench.fit import one_line
 from ..bench.resolve import Resolved
 from ..bench.secrets import scrub, scrub_file
@@ -96,6 +96,7 @@ def main() -> None:
     os.dup2(null, 0)
     os.dup2(2, 1)  # a stray print must not land among the events
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when we end
+    signal.signal(signal.SIGTERM, _die)
     faulthandler.enable()
     jobs: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(commands, jobs), daemon=True).start()
@@ -111,6 +112,12 @@ def main() -> None:
     store = Store(setting.store)
     while (job := jobs.get()) is not None:
         _do(job, setting, store, runner, send)
+
+
+def _die(number: int, _: object) -> None:
+    """Die of the signal at once: Lightning would go on to the end of the batch, and then end as if nothing had happened."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def _listen(commands: IO[bytes], jobs: queue.SimpleQueue) -> None:
@@ -155,9 +162,7 @@ def _do(job: Job, setting: Setting, store: Store, runner: Any, send: Send) -> No
                     send(*_train(job, setting, store, runner, send))
                 except Exception as error:
                     print(scrub(traceback.format_exc()), end="", file=sys.stderr)
-                    told = isinstance(error, UserError | RunFailed)
-                    reason = one_line(error)
-                    _fail(job, reason if told else f"{type(error).__name__}: {reason}", store, send)
+                    _give_back(job, error, store, send)
     except BusyError:
         send("busy")
     except (UserError, OSError) as error:
@@ -181,7 +186,13 @@ def _train(job: Job, setting: Setting, store: Store, runner: Any, send: Send) ->
     return "ended", runner.run(job.resolved, store, **shared, wandb=setting.wandb, suite=setting.suite)
 
 
-def _fail(job: Job, reason: str, store: Store, send: Send) -> None:
+def _give_back(job: Job, error: Exception, store: Store, send: Send) -> None:
+    """A job that ended otherwise: left if the machine did it, and failed if it was the method or the request."""
+    told, reason = isinstance(error, UserError | RunFailed), one_line(error)
+    if trouble(error) is not None:
+        send("left", reason if told else trouble(error))
+        return
+    reason = reason if told else f"{type(error).__name__}: {reason}"
     if job.float_net:
         send("no float", reason)
     else:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from qatbench.bench import registry
+from qatbench.bench import runner as runner_module
 from qatbench.bench.data import DataModule
 from qatbench.bench.errors import UserError
 from qatbench.bench.models.resnet import ResNet8
@@ -50,7 +54,7 @@ class Fragile(LSQ):
     def after_update(self, run):
         self.updates += 1
         if os.environ.get("DIE") and run.scope.epoch == 2 and self.updates == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.Signals[os.environ["DIE"]])
 
 
 class Raises(LSQ):
@@ -158,7 +162,7 @@ def test_killed_run_equals_an_uninterrupted_one(tmp_path: Path, plugins: Path) -
     command = [sys.executable, "-m", "qatbench", "run", "--method", "fragile", "--data", "squares", "--no-wandb"]
     command += [word for setting in settings for word in ("--set", setting)]
     command += ["--plugin", str(SQUARES), "--plugin", str(plugins), "--store", str(killed.root)]
-    died = subprocess.run(command, env={**os.environ, "DIE": "yes"}, capture_output=True, check=False, timeout=120)
+    died = subprocess.run(command, env={**os.environ, "DIE": "SIGKILL"}, capture_output=True, check=False, timeout=120)
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()
     assert killed.records() == []
     epochs = tmp_path / "epochs.txt"
@@ -174,6 +178,54 @@ def test_killed_run_equals_an_uninterrupted_one(tmp_path: Path, plugins: Path) -
     one, other = weights(whole, once), weights(killed, again)
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_a_terminated_run_says_so(tmp_path: Path, plugins: Path) -> None:
+    """Without it, a batch system's SIGTERM ends a run with status 0, as if it was done."""
+    command = [sys.executable, "-m", "qatbench", "run", "--method", "fragile", "--data", "squares", "--no-wandb"]
+    command += ["--set", "epochs=4", "--set", "float_epochs=1", "--set", "batch=32", "--set", "calibration=32"]
+    command += ["--plugin", str(SQUARES), "--plugin", str(plugins), "--store", str(tmp_path / "runs")]
+    env = {**os.environ, "DIE": "SIGTERM", "SLURM_JOB_ID": "1", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "train"}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
+    assert ended.returncode == 143, ended.stderr
+    assert ended.stderr == "qatbench: terminated; the same command goes on from the last finished epoch\n"
+    assert Store(tmp_path / "runs").records() == []
+
+
+def test_who_waits_for_another_process_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without it, a second `qatbench run` of a run in progress stands still for hours, and says nothing."""
+    store = Store(tmp_path)
+    resolved = resolve(RunSpec(method="fp32", **TINY), data_root=None, cache=store.cache)
+    found: list[dict[str, Any]] = []
+    other = threading.Thread(target=lambda: found.append(run(resolved, store, wandb=False)))
+    with store.lock(f"float-{resolved.float_id}"):
+        with store.lock(resolved.run_id):
+            other.start()
+            time.sleep(0.5)
+            assert capsys.readouterr() == ("", "waiting for another process that trains this run\n")
+        time.sleep(0.5)
+        assert capsys.readouterr() == ("", "waiting for another process that trains the float network\n")
+    other.join(60)
+    assert found[0]["status"] == "done"
+    assert go(store, "fp32") == found[0]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_machines_fault_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it, a file server that is gone for a minute leaves failed runs, which nobody tries again."""
+    store = Store(tmp_path)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE):
+        fault = OSError(number, os.strerror(number), "/a/file")
+        with monkeypatch.context() as patch:
+            patch.setattr(runner_module, "fit", lambda *_, fault=fault, **__: (_ for _ in ()).throw(fault))
+            with pytest.raises(UserError, match="the same command goes on") as caught:
+                go(store, "lsq")
+        assert str(store.root) in str(caught.value)
+        assert store.records() == []
+    with monkeypatch.context() as patch:
+        fault = OSError(errno.ENOENT, "No such file or directory", "/a/file")
+        patch.setattr(runner_module, "validate", lambda *_, **__: (_ for _ in ()).throw(fault))
+        assert go(store, "lsq")["status"] == "failed"
 
 
 def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:

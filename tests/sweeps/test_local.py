@@ -86,13 +86,13 @@ def attempts(store: Store) -> dict[str, int]:
 @pytest.mark.slow
 def test_a_failing_run_is_recorded_and_the_sweep_goes_on(tmp_path, capfd):
     """A method that raises, or takes its process down, would end the sweep, or be lost, or be tried for ever."""
-    store, asked = Store(tmp_path), suite("boom", "killed", "noisy", "fp32")
+    store, asked = Store(tmp_path), suite("boom", "crashes", "noisy", "fp32")
     result, text = launch(asked, store, workers=1)
     assert (result.done, result.failed, result.left, result.exit_status) == (2, 2, 0, 1)
     records = by_method(store)
     assert records["boom"]["reason"] == "boom.start raised ValueError: boom [1]"
-    assert records["killed"]["reason"] == "worker was killed by signal 9 (out of memory?)"
-    for name in ("boom", "killed"):
+    assert records["crashes"]["reason"] == "worker was killed by signal 11 (segmentation fault)"
+    for name in ("boom", "crashes"):
         assert Path(records[name]["provenance"]["log"]).exists()
         assert records[name]["reason"] in text
         assert records[name]["provenance"]["log"] in text
@@ -112,12 +112,62 @@ def test_a_failing_run_is_recorded_and_the_sweep_goes_on(tmp_path, capfd):
     result, _ = launch(asked, store, retry_failed=True, workers=2)
     assert (result.done, result.failed) == (2, 2)
     again = {m: attempts(store)[r["run_id"]] for m, r in by_method(store).items()}
-    assert again == {"boom": 2, "killed": 2, "noisy": 1, "fp32": 1}
+    assert again == {"boom": 2, "crashes": 2, "noisy": 1, "fp32": 1}
 
     found = status("tiny", store)
     assert {e.label: e.state for e in found.entries} == {
-        "boom w32a32 s0": "failed", "killed w32a32 s0": "failed", "noisy w32a32 s0": "done", "fp32 w32a32 s0": "done",
+        "boom w32a32 s0": "failed", "crashes w32a32 s0": "failed", "noisy w32a32 s0": "done", "fp32 w32a32 s0": "done",
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_what_the_machine_ended_is_left(tmp_path):
+    """A worker that the kernel kills, or a full disk, would count as the method's failure, and would not be tried again."""
+    store, asked = Store(tmp_path), suite("killed", "full", "fp32")
+    for begun in (1, 2):  # a plain rerun tries again, once
+        result, text = launch(asked, store, workers=1, command="the same command")
+        assert (result.done, result.failed, result.left, result.broken_off, result.exit_status) == (1, 0, 2, 2, 1)
+        assert set(by_method(store)) == {"fp32"}
+        assert "left   killed w32a32 s0: worker was killed by signal 9 (out of memory?)" in text
+        assert "left   full w32a32 s0: " in text
+        assert text.splitlines()[-1] == (
+            "The machine ended 2 runs: 1 of 3 runs are done, nothing finished is lost. Go on with: the same command"
+        )
+        assert [e.state for e in status("tiny", store).entries] == ["left", "left", "done"]
+        assert sorted(attempts(store).values()) == sorted([1, 1, begun, begun])  # the float network, fp32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_worker_killed_from_outside_leaves_its_run(tmp_path, number):
+    """`kill`, or the end of a batch job, would be recorded as a failure of the method, or as an exit with status 0."""
+    store = Store(tmp_path)
+    process = drive(suite("slow", epochs=60), store)
+    until(lambda: unfinished(store))
+    (worker,) = (p for p in psutil.Process(process.pid).children() if store.locked(unfinished(store)[0].name))
+    worker.send_signal(number)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, text
+    assert f"left   slow w32a32 s0: worker was killed by signal {int(number)}" in text
+    assert store.records() == []
+
+
+@pytest.mark.slow
+def test_hung_workers_are_waited_for_together(tmp_path):
+    """A batch system that grants half a minute would kill a sweep of eight hung workers before it had ended."""
+    store = Store(tmp_path)
+    process = drive(suite("slow", "slower", epochs=60), store)
+    until(lambda: len(unfinished(store)) == 2)
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    for worker in workers:
+        worker.suspend()
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=60)
+    assert time.monotonic() - began < 9, "5 s for all"
+    assert process.returncode == 143, text
+    assert not [p for p in workers if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.mark.slow

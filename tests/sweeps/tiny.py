@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -50,6 +51,24 @@ class Killed(_Float):
 
     def start(self, run, stage):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Crashes(_Float):
+    """Dies as a process whose C code writes where it must not."""
+
+    name = "crashes"
+
+    def start(self, run, stage):
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+class Full(_Float):
+    """Meets a full disk."""
+
+    name = "full"
+
+    def start(self, run, stage):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded", "/somewhere/file")
 
 
 class Noisy(_Float):
