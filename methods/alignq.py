@@ -76,7 +76,7 @@ class AlignQ(Method):
     Departures: the code quantizes behind the norm, so that convolutions read residual sums of more than 2^m levels; here each
     layer's input is quantized, with running statistics of its own in use. The code with the ADMM term has ``2^(m+1) - 1`` levels of
     weights; here there are 2^m. A layer without a norm behind it keeps its scale. The code's policy (``first_last="native"``) is m
-    bits in the first layer and a float classifier.
+    bits in the first layer and a float classifier; its recipe is SGD at 0.04 (Office-31: 0.001), a tenth after 80 and 120 epochs.
     """
 
     name = "alignq"

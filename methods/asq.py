@@ -194,7 +194,8 @@ class ASQ(Method):
     the batch; steps and scales do not decay. Ours are ``adapter="bounded"``, with which no step can collapse or run away, and a
     ``warmup`` that freezes the modules (from a third party's code). At 8 bits the levels reach further down than at 5 and are no
     closer, so the weights of a first or last layer of 8 bits, which shall lose next to nothing, have a learned step (LSQ), as the
-    classifier of the code does.
+    classifier of the code does. Measured once (optdigits, w2a2, ResNet-8, six epochs, two seeds): 59.2 and 50.1 %, with the bounded
+    module 55.9 and 47.9 %.
     """
 
     name = "asq"

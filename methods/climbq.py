@@ -20,10 +20,11 @@ class ClimbQ(EmaQLT):
     There is no logit adjustment; all domains are one, with one set of statistics and one pass.
 
     Departures: the code tests each batch's features, with the class sizes of the whole set, so that its class means are far too
-    small; here the test is EmaQ-LT's. It quantizes behind the norm by N(0, s), so that convolutions read residual sums of more
-    than 2^m levels; here each layer's input is quantized, unless ``act_at="post_bn"``. A layer without a norm behind it keeps its
-    scale. The code's policy (``first_last="native"``) is m bits in the first layer and a float classifier. Its lists of images are
-    the data's ``lt_list="climbq"``.
+    small, and leaves features that are exactly 0 out of its distances; here the test is EmaQ-LT's, and they count. It quantizes
+    behind the norm by N(0, s), so that convolutions read residual sums of more than 2^m levels; here each layer's input is
+    quantized, unless ``act_at="post_bn"``. A layer without a norm behind it keeps its scale. The code's policy
+    (``first_last="native"``) is m bits in the first layer and a float classifier. Its lists of images are the data's
+    ``lt_list="climbq"``.
     """
 
     name = "climbq"

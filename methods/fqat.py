@@ -82,9 +82,9 @@ class FQAT(SAGM):
     ``top``, ``random`` and ``all`` freeze ``cap`` of the units at most, so ``all`` means up to half of them by default.
 
     Departures from what is known of the paper's runs: they have LSQ with a step for each output channel of a weight, its gradient's
-    scale by the size of the whole tensor, and an input's step from 1.0 on; here any method's quantizers train as they do without
-    FQAT. RFQuant's own quantizer (``lsq_rfq``), its optimizer for the scales alone (``scale_opt``) and a start in float
-    (``fp_warmup_steps``) are not offered.
+    scale by the size of the whole tensor, which is ``fqat+lsq-channel``, and an input's step from 1.0 on; here any method's
+    quantizers train as they do without FQAT. RFQuant's own quantizer (``lsq_rfq``), its optimizer for the scales alone
+    (``scale_opt``) and a start in float (``fp_warmup_steps``) are not offered.
 
     Memory: one copy of the weights, as `SAGM`; for each watched element 17 bytes, and where it is a weight 8 more for each of its
     dimensions; with ``target="flat_only"`` a second gradient of the frozen layers besides.

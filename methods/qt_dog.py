@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..bench.method import Probe, Run, Wrapper
+from ..bench.method import Method, Probe, Run, Wrapper
 from ..bench.quant import Bits, Budget, Quantizer, Scope, quant_layers
 from ..bench.site import Site
 from ..bench.spec import FLOAT_BITS, Frozen
@@ -34,22 +34,28 @@ def float_until(start: float, quantizer: Quantizer, inputs: tuple[Tensor, ...], 
 
 
 class QTDoG(Wrapper):
-    """QT-DoG (Javed et al. 2025, arXiv 2410.06020) around any method that trains: our reconstruction.
+    """QT-DoG (Javed et al. 2025, arXiv 2410.06020) around any method that trains: our reconstruction after the authors' code.
 
-    Known, from the authors' code: weights alone are quantized, on a uniform grid, with 7 bits on PACS, from step 2000 of 5000 on.
-    Rounding moves the weights by noise, ``L(w + e) = L(w) + e.g + e.He / 2``, and so favours minima where H is small.
-    Until the share ``start`` of the steps has passed, weights are in float in training; then the quantizers are fitted again to the
-    weights as they are, and quantize. In use they always do.
+    Weights alone are quantized, with 7 bits on PACS, from step 2000 of 5000 on. Rounding moves the weights by noise,
+    ``L(w + e) = L(w) + e.g + e.He / 2``, and so favours minima where H is small. Until the share ``start`` of the steps has passed,
+    weights are in float in training; then the quantizers are fitted again to the weights as they are, and quantize. In use they
+    always do. As in the code, the quantizer is LSQ with a step for each output channel (``lsq-channel``, the default); by its own
+    policy (``first_last="native"``) the first convolution is quantized as all others are, and the classifier is in float. The
+    authors average weights from the start of quantization on: ``swad+qt-dog`` with ``swad.start`` as ``start``.
+
+    In the published trainer the layers that are put in when quantization starts are not in the optimizer: their weights and steps
+    stand still from then on, but for what is left of Adam's momentum, and only norms and the float classifier go on. Here they
+    train; ``train_quantized=False`` is the published trainer. Which of the two the paper's numbers are of is not known.
 
     Inputs stay in float, whatever the run asks: w4a4 is run, and recorded, as w4a32; a ``plan`` that gives inputs fewer bits is
-    refused. The rest is inferred: the quantizer (LSQ by default, per tensor), its calibration at the start, and the first and the
-    last layer, which are the run's policy's.
+    refused. The published runs freeze the norms' statistics and use Adam at 5e-5 without decay; here both are
+    the run's.
     """
 
     name = "qt-dog"
     paper = "Javed et al., QT-DoG: Quantization-aware training for domain generalization, ICML 2025, arXiv 2410.06020"
     fidelity = "reconstruction"
-    default_inner = "lsq"
+    default_inner = "lsq-channel"
     weights_only = True
 
     class Params(Frozen):
@@ -61,6 +67,13 @@ class QTDoG(Wrapper):
             le=1,
             description="share of the steps after which weights are quantized; 1: only when training has ended",
         )
+        train_quantized: bool = Field(
+            True, description="whether weights and steps of quantized layers go on training once they are quantized"
+        )
+
+    def __init__(self, inner: Method, params: Frozen | None = None) -> None:
+        super().__init__(inner, params)
+        self.first_last = ("same", "fp")
 
     test_params = {"start": 0.08}  # noqa: RUF012
 
@@ -73,6 +86,14 @@ class QTDoG(Wrapper):
         quantizer = self.inner.weight_quantizer(bits, site, scope)
         quantizer.register_forward_hook(functools.partial(float_until, self.params.start))
         return quantizer
+
+    def frozen(self, run: Run) -> Collection[nn.Parameter]:
+        """What is in quantized layers, once they are quantized, with ``train_quantized=False``."""
+        if self.params.train_quantized or not quantizes(self.scope.step, self.scope.steps, self.params.start):
+            return ()
+        return [
+            p for _, layer in quant_layers(run.net) if layer.weight_quantizer is not None for p in layer.parameters()
+        ]
 
     def after_update(self, run: Run) -> None:
         """Fit the quantizers to the weights when the next step is the first that quantizes.

@@ -15,6 +15,7 @@ from qatbench.bench.site import LAYERS
 from qatbench.bench.spec import RunSpec
 from qatbench.bench.testing import Loop, MethodContract, all_train, logits, ready, same, state, train
 from qatbench.methods.lsq import LearnedStep
+from qatbench.methods.lsq_channel import ChannelStep
 from qatbench.methods.qt_dog import quantizes
 
 SMALL = settings(deadline=None, derandomize=True, database=None, max_examples=25)
@@ -156,11 +157,42 @@ def test_inputs_stay_in_float_whatever_is_asked(tmp_path: Path) -> None:
         found = resolve(RunSpec(method=method, bits=bits, **more), data_root=None, cache=tmp_path)
         return found.spec.bits, found.run_id
 
-    assert resolved("qt-dog", "w4a4") == resolved("qt-dog+lsq", "w4a8") == resolved("qt-dog", "w4a32")
+    assert resolved("qt-dog", "w4a4") == resolved("qt-dog+lsq-channel", "w4a8") == resolved("qt-dog", "w4a32")
     assert resolved("qt-dog", "w7a7")[0] == "w7a32"
     assert resolved("qt-dog", "avg2.5")[0] == "avg2.5a32"
     assert resolved("kd+qt-dog", "w4a4")[0] == "w4a32"
     assert resolved("lsq", "w4a4")[0] == "w4a4"
+
+
+def test_the_default_is_the_authors_quantizer_and_policy(tmp_path: Path) -> None:
+    """Under the name of the method there would be another one: a step for a tensor, or 8 bits in the first and the last layer."""
+    names = ("qt-dog", "qt-dog+lsq-channel")
+    specs = [RunSpec(method=name, bits="w7a32", first_last="native") for name in names]
+    assert len({resolve(spec, data_root=None, cache=tmp_path).run_id for spec in specs}) == 1
+    method, _ = ready("qt-dog+lsq-channel", bits="w3a32", first_last="native")
+    bits = list(method.bit_plan.values())
+    assert {b.w for b in bits[:-1]} == {3}
+    assert bits[-1] == Bits(32, 32)
+    quantizers = [layer.weight_quantizer for _, layer in quant_layers(method.net)]
+    assert {type(q) for q in quantizers} == {ChannelStep}
+
+
+@pytest.mark.parametrize("chain", ["qt-dog+lsq", "sam+qt-dog+lsq-channel", "qt-dog+adq"])
+def test_the_published_trainer_stands_still_once_it_quantizes(chain: str) -> None:
+    """The setting would be without effect, or norms and classifier stand still, too, which train on in the published runs."""
+    params = {"qt-dog": {"start": 2 / 28, "train_quantized": False}, "adq": {"period": 1}}
+    own = {name: value for name, value in params.items() if name in chain}
+    method, data = ready(chain, params=own, first_last="native", weight_decay=0.1)
+    loop, batches = Loop(method, data), list(data.train_dataloader())
+    start = state(method)
+    loop.epoch(batches[:2])
+    frozen = {f"net.{name}." for name, _ in quant_layers(method.net)}
+    before = state(method)
+    assert any(name.startswith(tuple(frozen)) for name in start if not torch.equal(start[name], before[name]))
+    loop.epoch(batches[:5], 1)
+    moved = {name for name, value in state(method).items() if not torch.equal(value, before[name])}
+    assert not {name for name in moved if name.startswith(tuple(frozen))}
+    assert {"net.head.weight", "net.bn1.weight"} <= moved
 
 
 def test_bad_requests(tmp_path: Path) -> None:
