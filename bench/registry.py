@@ -7,10 +7,10 @@ An import that fails is an entry, too: it is listed as unavailable, with its rea
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import re
 import sys
 import traceback
 from dataclasses import dataclass
@@ -19,10 +19,12 @@ from types import ModuleType
 from typing import Any
 
 from .errors import UserError, nearest
+from .imports import execute
 from .secrets import scrub
 
 ROOT = Path(__file__).parents[1]
 KINDS = {"methods": "methods", "datasets": "datasets", "networks": "bench/models"}
+_NAME = re.compile(r"[^\W_][\w.-]{0,63}")  # goes into file names, tables, pages and chains
 _WORD = {"methods": "method", "datasets": "data set", "networks": "network"}
 
 
@@ -37,7 +39,7 @@ class Plugin:
         cls: The class, or None if it is unavailable.
         error: Why it is unavailable, in one line.
         trace: The traceback of the failed import.
-        source: SHA-256 of the file, for a ``--plugin FILE``: what it computes changes whenever the file does.
+        source: SHA-256 of the file and its helpers, for a ``--plugin FILE``: what it computes changes whenever they do.
     """
 
     name: str
@@ -96,8 +98,7 @@ def load_file(path: str | Path) -> list[Plugin]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # so that classes in it can be found by name, as in any module
     try:
-        spec.loader.exec_module(module)
-        source = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        source = execute(file.read_bytes(), module, file)
         found = _classes(module, str(file), source=source)
     except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
@@ -180,6 +181,10 @@ def _plugin(cls: Any, kind: str, origin: str, source: str | None = None) -> Plug
 
     if not isinstance(cls, type) or _kind_of(cls) != kind or not getattr(cls, "name", ""):
         raise TypeError(f"{cls!r} is no {_WORD[kind]}: a class of that kind with a `name` is expected")
+    if not _NAME.fullmatch(cls.name):  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{cls.__name__}.name is {cls.name!r}; use up to 64 letters, digits, '.', '_' and '-', the first a letter or digit"  # type: ignore[attr-defined]
+        )
     if kind == "methods":
         check_attributes(cls)
     return Plugin(cls.name, kind, origin, cls, source=source)  # type: ignore[attr-defined]

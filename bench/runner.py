@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import logging
 import math
+import os
 import platform
 import resource
 import statistics
@@ -490,16 +491,18 @@ def peak_rss_mb() -> float:
 def _git() -> tuple[str | None, str | None]:
     """Commit of the checkout that this package runs from, and a hash of what differs from it; None outside a checkout."""
 
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True, timeout=30
-        ).stdout
+    def git(*arguments: str) -> bytes:
+        # Variables such as GIT_DIR, which a hook of git sets, would show another checkout.
+        env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, check=True, timeout=30, env=env).stdout
 
     try:
-        if Path(git("rev-parse", "--show-toplevel").strip()).resolve() != ROOT:
+        top = os.fsdecode(git("rev-parse", "--show-toplevel").removesuffix(b"\n"))
+        if Path(top).resolve() != ROOT.resolve():  # the package's path may be one through a link
             return None, None
-        diff = git("diff", "HEAD")
-        return git("rev-parse", "HEAD").strip(), hashlib.sha256(diff.encode()).hexdigest()[:16] if diff else None
+        diff = git("diff", "--no-ext-diff", "HEAD")
+        return git("rev-parse", "HEAD").decode().strip(), hashlib.sha256(diff).hexdigest()[:16] if diff else None
     except (OSError, subprocess.SubprocessError):
         return None, None
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -250,3 +251,41 @@ def test_an_installed_package_cannot_take_a_built_in_name(listed: dict) -> None:
     assert listed["methods"]["pact"]["origin"].endswith("pact.py")
     clash = listed["methods"]["pact (outside-things)"]
     assert "the name 'pact' is taken" in clash["error"]
+
+
+# What a plugin's version covers
+
+
+def test_what_is_executed_is_what_is_hashed(tmp_path: Path, plug: Callable[..., Path]) -> None:
+    """A plugin that is saved anew while it is imported would be recorded by the hash of what did not run."""
+    path = plug("""
+        import os
+        with open(__file__, "a") as file:
+            file.write("# changed")
+        class Mine(LSQ):
+            name = "rewrites_itself"
+    """)
+    content = path.read_bytes()
+    executed = content.removesuffix(b"# changed")
+    assert executed != content
+    assert registry.plugin("methods", "rewrites_itself").source == hashlib.sha256(executed).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../z", "a/b", "a\\b", "<b>x</b>", "a\nb", "a\n", "=1+1", "@SUM", "-x", "a+b", "a b", "a:b", ".", "..", "\x1b[31m", "a" * 65,
+     "\u202egnp", "a,b", 'a"b', "_a"],
+)  # fmt: skip
+@pytest.mark.parametrize("base", ["Method", "nn.Module"])
+def test_a_name_that_is_no_plain_word_is_refused(name: str, base: str, plug: Callable[..., Path]) -> None:
+    """A name goes into paths, terminals, pages, tables and chains, where such characters mean something."""
+    with pytest.raises(UserError, match="use up to 64 letters") as caught:
+        plug(f"class Odd({base}):\n    name = {name!r}\n")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["a", "2bit", "my-dog", "lsq_v1.5", "méthode", "a" * 64])
+def test_plain_names_are_taken(name: str, plug: Callable[..., Path]) -> None:
+    """A method that has worked so far could not be loaded."""
+    plug(f"class Fine(LSQ):\n    name = {name!r}\n")
+    assert registry.find("methods", name).name == name

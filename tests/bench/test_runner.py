@@ -509,6 +509,22 @@ def test_commit_is_the_checkouts(tmp_path: Path) -> None:
     assert re.fullmatch(r"[0-9a-f]{16}", provenance["dirty"]) if changed else provenance["dirty"] is None
 
 
+def test_commit_through_a_link_and_past_gits_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it, a symlinked checkout has no commit, and a run started from a hook of git that of another checkout."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    runner_module._git.cache_clear()
+    known = runner_module._git()
+    assert known[0] is not None
+    (tmp_path / "link").symlink_to(ROOT)
+    monkeypatch.setattr(runner_module, "ROOT", tmp_path / "link")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path))
+    monkeypatch.setenv("GIT_EXTERNAL_DIFF", "false")
+    runner_module._git.cache_clear()
+    assert runner_module._git() == known
+    runner_module._git.cache_clear()
+
+
 def test_bits_are_bits_and_cost_is_the_plans(tmp_path: Path) -> None:
     """Without it, "2 bits" may be more, and the cost columns belong to another network."""
     cost = go(Store(tmp_path / "runs"), "lsq", bits="w2a3")["cost"]
