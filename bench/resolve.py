@@ -78,7 +78,6 @@ def resolve(spec: RunSpec, *, data_root: Path | None, cache: Path) -> Resolved:
     Raises:
         UserError: A name is unknown, a setting is out of range, the method does not take these bits, or the data is not to be had.
     """
-    chain = members(spec.method)
     params = {k: v.model_dump(mode="json") for k, v in chain_params(spec.method, spec.params).items()}
     dataset = find_data(spec.data, spec.data_params, data_root, cache)
     protocol = _check_request(spec, dataset)
@@ -94,11 +93,8 @@ def resolve(spec: RunSpec, *, data_root: Path | None, cache: Path) -> Resolved:
         normal, skip = _of_method(normal, sites, task)
     except RunFailed as error:
         broken = str(error)
-    ground = {
-        f"data set {spec.data}": _version("datasets", spec.data),
-        f"network {spec.network}": _version("networks", spec.network),
-    }
-    code = {"harness": str(HARNESS), **{f"method {c.name}": _version("methods", c.name) for c in chain}, **ground}
+    code = code_of(spec)
+    ground = {kind: version for kind, version in code.items() if kind.startswith(("data set ", "network "))}
     values = normal.model_dump(mode="json")
     float_values = {k: values[k] for k in FLOAT_KEYS}
     return Resolved(
@@ -131,6 +127,16 @@ def _check_request(spec: RunSpec, dataset: DataSet) -> str:
     with suppress(RunFailed):  # a plugin that cannot be made is recorded as a failed run
         _bits(build(spec.method, spec.params), spec.method, spec)
     return protocol.name
+
+
+def code_of(spec: RunSpec) -> dict[str, str]:
+    """The versions of the code that a spec would run with now: kind and name -> version."""
+    return {
+        "harness": str(HARNESS),
+        **{f"method {cls.name}": _version("methods", cls.name) for cls in members(spec.method)},
+        f"data set {spec.data}": _version("datasets", spec.data),
+        f"network {spec.network}": _version("networks", spec.network),
+    }
 
 
 def _of_method(spec: RunSpec, sites: tuple[Site, ...], task: Task) -> tuple[RunSpec, str | None]:

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from ..bench.errors import RunFailed, UserError, trouble
 from ..bench.fit import one_line
-from ..bench.resolve import Resolved
+from ..bench.resolve import Resolved, code_of
 from ..bench.secrets import scrub, scrub_file
 from ..bench.store import RECORD, BusyError, Store, writing
 from .status import float_lock
@@ -156,6 +156,9 @@ def _do(job: Job, setting: Setting, store: Store, runner: Any, send: Send) -> No
             if (there := _there(job, store)) is not None:
                 send(*there)
                 return
+            if (changed := _other_code(job)) is not None:
+                send("left", changed)
+                return
             with _logged(job.log(store)):
                 _fresh_peak()
                 try:
@@ -167,6 +170,21 @@ def _do(job: Job, setting: Setting, store: Store, runner: Any, send: Send) -> No
         send("busy")
     except (UserError, OSError) as error:
         send("unwritable", scrub(str(error)))
+
+
+def _other_code(job: Job) -> str | None:
+    """What to say if this process has loaded other code than the run was named by: a plugin may be saved anew during a sweep."""
+    named = job.resolved.code
+    try:
+        now = code_of(job.resolved.spec)
+    except UserError as error:
+        return str(error)
+    other = [what for what, version in named.items() if now.get(what) != version]
+    if not other:
+        return None
+    return (
+        f"the code of {other[0]} is {now.get(other[0])} by now, and the run was named by {named[other[0]]}; start again"
+    )
 
 
 def _there(job: Job, store: Store) -> tuple[str, Any] | None:
