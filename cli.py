@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -564,15 +564,10 @@ def _status(what: str) -> Iterator[None]:
 
 def _write_picture(path: Path, picture: bytes) -> None:
     """The file, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_bytes(picture)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; give another file with --out") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    from .bench.disk import one_line, replace_file
+
+    with one_line(path, "give another file with --out"):
+        replace_file(path, picture)
 
 
 def _load(plugins: list[Path] | None) -> None:
@@ -800,4 +795,6 @@ def _show(record: dict[str, Any], store: Any, again: bool) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    for note in record["provenance"].get("notes", ()):
+        console.print(f"note: {escape(note)}", highlight=False, soft_wrap=True)
     console.print(f"{'done already' if again else 'record'}: {folder / 'result.json'}", highlight=False, soft_wrap=True)

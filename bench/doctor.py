@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -27,7 +26,6 @@ def examine(store: Path, data_root: Path | None) -> int:
         print(f"{ {True: 'ok  ', False: 'FAIL', None: '-   '}[good] } {what}")
 
     say(True, f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores")
-    say(True, _cpu())
     for name in _VERSIONS:
         try:
             say(True, f"{name} {importlib.metadata.version(name)}")
@@ -62,21 +60,6 @@ def _hugging_face() -> tuple[bool, str]:
     ):  # a folder named datasets is a namespace: the import would succeed, and be empty
         return False, "`import datasets` is not Hugging Face's library; pip install datasets"
     return True, f"`import datasets` is {Path(spec.origin).parent}"
-
-
-def _cpu() -> str:
-    """The CPU, and the instructions that torch uses on it: which kernels run, and which faults of theirs, depends on both."""
-    import torch
-
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-        name = next(
-            (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))), name
-        )
-    limits = [f"{v}={os.environ[v]}" for v in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY") if os.environ.get(v)]
-    instructions = f"instructions {torch.backends.cpu.get_cpu_capability()}"
-    return ", ".join([f"CPU {name}", instructions, f"torch {torch.__version__}", *limits])
 
 
 def _devices() -> tuple[bool, str]:

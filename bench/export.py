@@ -8,7 +8,6 @@ import importlib.metadata
 import importlib.util
 import io
 import logging
-import os
 import statistics
 import time
 import warnings
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import Batch
+from .disk import one_line, replace_file
 from .errors import UserError
 from .method import Method
 from .quant import QuantLayer, quant_layers, swap
@@ -351,14 +351,8 @@ def export_run(
 
 def _write(path: Path, content: bytes) -> None:
     """The file, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; give another file with --out") from None
+    with one_line(path, "give another file with --out"):
+        replace_file(path, content)
 
 
 def _tested(run: Finished, session: Session) -> dict[str, Any]:

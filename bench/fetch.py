@@ -24,7 +24,7 @@ from typing import cast
 from urllib import error, request
 from urllib.parse import urlsplit
 
-from .disk import locked, one_line
+from .disk import locked, no_link, one_line, replace_file
 from .errors import UserError
 
 TIMEOUT = 30.0  # seconds, to connect and then between two bytes
@@ -262,9 +262,9 @@ def _receive(
     """Write the answer's bytes to `part`, from `start` on."""
     end = math.inf if expected is None else expected
     done = start
-    with open(part, "ab" if start else "wb") as out:
+    with open(part, "ab" if start else "wb", opener=no_link) as out:
         if not start:  # after the old bytes have gone: they must not pass for those of this address
-            Path(f"{part}.from").write_text(f"{_sha(url)}\n{_validator(answer)}", "utf-8")
+            replace_file(Path(f"{part}.from"), f"{_sha(url)}\n{_validator(answer)}".encode())
         answer.length = None  # we count ourselves, to see a body that is longer than it says
         while done <= end and (chunk := _read(answer, done == end)):
             out.write(chunk)

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
-import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 from .alone import unseen
 from .data import DataModule
+from .disk import Damaged, read_file, replace_file
 from .errors import RunFailed
 from .method import Method
 from .quant import Bits
 from .resolve import Resolved
 from .secrets import scrub
+from .tensors import tensors_digest
 from .tracking import Tracker, write_history
 
 LAST = "last.ckpt"
+_SEAL = b"\nqatbench sha256 "
+_SEAL_LENGTH = len(_SEAL) + 65
 PROGRESS_SECONDS = 0.25
 
 Progress = Callable[[dict[str, Any]], None]
@@ -96,18 +103,21 @@ class Recorder(L.Callback):
     tracker: Tracker | None
     progress: Progress | None
     rows: list[dict[str, float]] = field(default_factory=list)
-    best: dict[str, float] = field(default_factory=dict)  # "" is the mean over domains
+    best: dict[str, Best] = field(default_factory=dict)  # by domain; "" is the mean over domains
+    devices: list[str] = field(default_factory=list)  # one after the other, if the run was moved
     step_s: list[float] = field(default_factory=list)
     _told: float = 0.0
     _clock: float = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """What travels in the checkpoint."""
-        return {"rows": self.rows, "best": self.best}
+        best = {domain: list(best) for domain, best in self.best.items()}
+        return {"rows": self.rows, "best": best, "devices": self.devices}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint; W&B starts a new file offline, which is made whole again."""
-        self.rows, self.best = list(state_dict["rows"]), dict(state_dict["best"])
+        self.rows, self.best = list(state_dict["rows"]), {d: Best(*best) for d, best in state_dict["best"].items()}
+        self.devices = list(dict.fromkeys([*state_dict["devices"], *self.devices]))
         for row in self.rows:
             self._track(row)
 
@@ -140,7 +150,11 @@ class Recorder(L.Callback):
         })  # fmt: skip
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """The epoch's row, the best weights so far, and the checkpoint: each written whole or not at all."""
+        """The epoch's row, the checkpoint and the best weights so far: each written whole or not at all.
+
+        The checkpoint comes first, for it says which weights are the best: if they are those of its own epoch, and the process
+        is killed before they are written, they are taken from it.
+        """
         assert isinstance(module, Method)
         row = {
             "epoch": trainer.current_epoch,
@@ -151,10 +165,10 @@ class Recorder(L.Callback):
         self.rows.append(row)
         write_history(self.folder / "metrics.csv", self.rows)
         self._track(row)
-        self._snapshot(module)
-        temporary = self.folder / f"{LAST}.tmp"
-        trainer.save_checkpoint(temporary)
-        os.replace(temporary, self.folder / LAST)
+        improved = self._improved(module)
+        trainer.save_checkpoint(self.folder / LAST)
+        for domain in improved:
+            save(self.folder / best_file(domain), module.state_dict())
         if self.progress is not None:
             self._tell(trainer, int(trainer.num_training_batches))
 
@@ -162,34 +176,59 @@ class Recorder(L.Callback):
         if self.tracker is not None:
             self.tracker.log({k: v for k, v in row.items() if k != "epoch"}, int(row["epoch"]))
 
-    def _snapshot(self, module: Method) -> None:
-        """Keep the weights of the best epoch so far, of the mean and of each domain, as the selection rule asks."""
+    def _improved(self, module: Method) -> list[str]:
+        """What this epoch is the best of so far, the mean or a domain, as the selection rule asks."""
         rule, metric = self.resolved.spec.selection, module.data.protocol.metric
         if rule == "last":
-            return
+            return []
         scores = {"": module.metrics[f"val/{metric}"]}
         if rule == "best_per_domain":
             scores.update({d: module.metrics[f"val/{metric}/{d}"] for d in module.data.val_domains})
-        for domain, score in scores.items():
-            if score > self.best.get(domain, -1.0):  # the earliest of equals
-                self.best[domain] = score
-                save(self.folder / _best_file(domain), module.state_dict())
+        improved = [d for d, score in scores.items() if score > (self.best[d].score if d in self.best else -1.0)]
+        digest = tensors_digest(module.state_dict()) if improved else ""
+        self.best |= {d: Best(scores[d], len(self.rows) - 1, digest) for d in improved}  # the earliest of equals
+        return improved
 
 
-def _best_file(domain: str) -> str:
+class Best(NamedTuple):
+    """The best epoch so far: its score, its number, and the digest of its weights."""
+
+    score: float
+    epoch: int
+    digest: str
+
+
+def best_file(domain: str) -> str:
+    """The name of the file of the best weights, of a domain or (``""``) of the mean."""
     return f"best-{domain}.pt" if domain else "best.pt"
 
 
-def selected(rule: str, folder: Path, domains: Sequence[str]) -> dict[Path | None, list[str]]:
-    """What the selection rule chose: weights file (None: the present weights) -> the test domains that are measured with it."""
-    groups: dict[Path | None, list[str]] = {}
+def selected(rule: str, best: Mapping[str, Best], domains: Sequence[str]) -> dict[str | None, list[str]]:
+    """What the selection rule chose, and the test domains that are measured with it. An unseen domain has no best epoch.
+
+    Whose best weights: a domain's, ``""``: the mean's, None: the present weights.
+    """
+    groups: dict[str | None, list[str]] = {}
     for domain in domains:
-        own, mean = folder / _best_file(domain), folder / _best_file("")
-        choices = {"last": [], "best": [mean], "best_per_domain": [own, mean]}[
-            rule
-        ]  # an unseen domain has no best epoch of its own
-        groups.setdefault(next((path for path in choices if path.exists()), None), []).append(domain)
+        choices = {"last": [], "best": [""], "best_per_domain": [domain, ""]}[rule]
+        groups.setdefault(next((choice for choice in choices if choice in best), None), []).append(domain)
     return groups
+
+
+def read_best(folder: Path, domain: str, best: Best, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The weights of the best epoch.
+
+    Raises:
+        Damaged: They are missing, or not those that were written; the message names the file.
+    """
+    path = folder / best_file(domain)
+    try:
+        state = load(path, device)
+    except FileNotFoundError:
+        raise Damaged(f"{path} is missing, the best weights so far") from None
+    if tensors_digest(state) != best.digest:
+        raise Damaged(f"{path} holds other weights than those of epoch {best.epoch + 1}, the best one")
+    return state
 
 
 class OneProcess(LightningEnvironment):
@@ -224,7 +263,7 @@ def make_trainer(
         return L.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=[device.index or 0] if device.type == "cuda" else 1,
-            plugins=[OneProcess()],
+            plugins=[OneProcess(), Checkpoints()],
             max_epochs=epochs,
             callbacks=callbacks,
             logger=False,
@@ -237,38 +276,102 @@ def make_trainer(
         )
 
 
+class Checkpoints(TorchCheckpointIO):
+    """How Lightning's checkpoints lie on the disk: as `save` writes, and `load` reads."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write it, whole or not at all."""
+        save(Path(path), checkpoint)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read it; it holds plain types and tensors."""
+        return load(Path(path), map_location)
+
+
 def save(path: Path, value: Any) -> None:
-    """`torch.save`, whole or not at all."""
+    """`torch.save`, whole or not at all, with the digest of the file's content at its end, which `torch.load` skips."""
     buffer = io.BytesIO()  # torch's own writer hides that a disk is full
     torch.save(value, buffer)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(buffer.getbuffer())
-    os.replace(temporary, path)
+    with buffer.getbuffer() as content:
+        digest = hashlib.sha256(content).hexdigest()
+    buffer.write(_SEAL + digest.encode() + b"\n")
+    replace_file(path, buffer.getbuffer())
 
 
-def clear(folder: Path) -> None:
-    """Drop what only a run in progress needs; the last checkpoint stays."""
-    for path in folder.glob("*.tmp*"):
-        path.unlink(missing_ok=True)
+def load(path: Path, device: Any = "cpu") -> Any:
+    """What `save` wrote.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        Damaged: It is not as it was written; the message names it.
+    """
+    try:
+        content = memoryview(read_file(path))
+        rest, seal = content[:-_SEAL_LENGTH], bytes(content[-_SEAL_LENGTH:])
+        if not seal.startswith(_SEAL):
+            raise Damaged("is cut short, or not written by this version: no digest is at its end")
+        if seal != _SEAL + hashlib.sha256(rest).hexdigest().encode() + b"\n":
+            raise Damaged("has changed since it was written: its digest is another")
+        try:
+            return torch.load(io.BytesIO(rest), weights_only=True, map_location=device)
+        except Exception as error:  # torch raises a different class for each way in which a file can be wrong
+            raise Damaged(f"cannot be read ({one_line(error)[:100]})") from error
+    except Damaged as bad:
+        raise Damaged(f"{path} {bad}") from None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any] | None:
     """The checkpoint of a training that was interrupted; None if there is none.
 
     Raises:
-        RunFailed: The file is broken, or no checkpoint of a run.
+        Damaged: It, or the best weights that it names, are not as they were written, or missing; the message names the file.
+        RunFailed: It is whole, but of other code.
     """
-    if not path.exists():
+    try:
+        saved = load(path)
+    except FileNotFoundError:
         return None
     try:
-        saved = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # torch raises a different class for each way in which a file can be broken
-        raise RunFailed(f"{path} cannot be read; delete it to start over ({one_line(error)[:100]})") from error
-    try:
         saved["qatbench"]["plan"] = {str(name): Bits(*bits) for name, bits in saved["qatbench"]["plan"].items()}
+        epochs = saved["epoch"] + 1
     except (AttributeError, KeyError, TypeError) as error:
         raise other_code(path, error) from error
+    if len(_recorded(saved).get("rows", ())) != epochs:
+        raise Damaged(f"{path} lacks the history of its {epochs} epochs")
     return saved
+
+
+def best_of(saved: Mapping[str, Any]) -> dict[str, Best]:
+    """The best epochs, as a checkpoint knows them."""
+    return {domain: Best(*best) for domain, best in _recorded(saved).get("best", {}).items()}
+
+
+def check_best(folder: Path, saved: Mapping[str, Any]) -> None:
+    """Make sure that the best weights which a checkpoint names are there; those of its own epoch are taken from it if not.
+
+    Raises:
+        Damaged: They are missing, or others; the message names the file.
+    """
+    for domain, best in best_of(saved).items():
+        try:
+            read_best(folder, domain, best)
+        except Damaged:
+            if best.epoch != saved["epoch"]:
+                raise
+            save(folder / best_file(domain), saved["state_dict"])
+
+
+def start_over(folder: Path, *more: str) -> None:
+    """Remove what a training has left that cannot be believed: checkpoint, best weights, history, and `more`."""
+    names = [LAST, "metrics.csv", *more]
+    for path in (*(folder / name for name in names), *folder.glob("best*.pt")):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def _recorded(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of the `Recorder` in a checkpoint."""
+    state = saved.get("callbacks", {}).get(Recorder.__qualname__)
+    return state if isinstance(state, dict) else {}
 
 
 def other_code(checkpoint: Path, error: Exception) -> RunFailed:

@@ -8,7 +8,6 @@ a surrogate of its own (`has_surrogate`), it tells of the surrogate, too, and ca
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,13 +21,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from .data import Batch
+from .disk import Damaged, read_json, write_json
 from .errors import UserError
 from .method import Method
 from .quant import Quantizer, quant_layers
 from .runner import load_run
 from .seeds import seed_for
 from .spec import Frozen
-from .store import Store, write_json, writing
+from .store import Store, writing
 
 RADII = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 REACH = 2e-3  # of a finite difference, see `top_eigenvalue`
@@ -340,10 +340,10 @@ def probe_run(store: Store, run_id: str, settings: Settings, *, data_root: Path 
 def _read(path: Path) -> dict[str, Any] | None:
     """What was measured before by this version; None if nothing was, or the file cannot be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if found["version"] == VERSION and "settings" in found else None
-    except (OSError, ValueError, KeyError, TypeError):
+        found = read_json(path)
+    except (FileNotFoundError, Damaged):
         return None
+    return found if found.get("version") == VERSION and "settings" in found else None
 
 
 __all__ = [

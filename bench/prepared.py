@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,14 @@ import torch
 from torch import Tensor
 
 from .dataset import DataSet, Domain, listing
+from .disk import Damaged, clear_temporaries, file_digest, read_json, sync_folder, temporary_name, write_json
 from .errors import UserError
 from .images import Encoded
 
-FORMAT = 2  # of the folder
+FORMAT = 3  # of the folder
 CHUNK = 64  # images decoded between two writes
 DECODED_GB = "QATBENCH_DECODED_GB"  # encoded sets that are larger once decoded are streamed
+log = logging.getLogger("qatbench")
 _KINDS = ("images", "labels", "test", "group")
 
 Prepared = tuple[list[Domain], str, tuple[str, ...]]
@@ -34,7 +39,10 @@ def prepare(dataset: DataSet, cache: Path) -> Prepared:
         UserError: The files are not what they should be, or the folder cannot be written.
     """
     folder = prepared_folder(dataset, cache)
-    prepared = _read(folder, dataset)  # without the lock, so that a finished cache may be read-only
+    try:
+        prepared = _read(folder, dataset)  # without the lock, so that a finished cache may be read-only
+    except Damaged:
+        prepared = None  # it may be in the making: looked at again under the lock
     return prepared if prepared is not None else _prepare(dataset, folder)
 
 
@@ -50,9 +58,12 @@ def budget() -> int:
     """Bytes up to which an encoded data set is decoded into one array on disk."""
     text = os.environ.get(DECODED_GB, "16")
     try:
-        return int(float(text) * 1e9)
+        gigabytes = float(text)
     except ValueError:
-        raise UserError(f"{DECODED_GB}={text!r} is not a number of gigabytes, e.g. 16") from None
+        gigabytes = math.nan
+    if not 0 <= gigabytes <= 1e9:
+        raise UserError(f"{DECODED_GB}={text!r} is not a number of gigabytes, e.g. 16")
+    return int(gigabytes * 1e9)
 
 
 def _prepare(dataset: DataSet, folder: Path) -> Prepared:
@@ -64,24 +75,30 @@ def _prepare(dataset: DataSet, folder: Path) -> Prepared:
         lock.acquire()
     except OSError as error:
         raise UserError(f"cannot prepare data in {folder.parent}: {error.strerror or error}; {mend}") from None
-    unfinished = folder.with_suffix(".tmp")
+    unfinished = temporary_name(folder)
     try:
-        prepared = _read(folder, dataset)  # another process may have prepared it while this one waited
-        if prepared is not None:
-            return prepared
+        try:
+            prepared = _read(folder, dataset)  # another process may have prepared it while this one waited
+            if prepared is not None:
+                return prepared
+        except Damaged as bad:
+            log.warning("%s; the data is prepared again", bad)
         dataset.verify()
         domains = dataset.load()
         _check(dataset, domains)
         try:
-            shutil.rmtree(unfinished, ignore_errors=True)  # the lock is ours: its writer died
+            clear_temporaries(folder.parent, of=folder.name)
             _write(unfinished, domains, dataset)
-            shutil.rmtree(folder, ignore_errors=True)  # corrupt, else it had been read
+            shutil.rmtree(folder, ignore_errors=True)  # damaged, else it had been read
             os.rename(unfinished, folder)
+            sync_folder(folder.parent)
         except OSError as error:
             raise UserError(f"cannot write prepared data to {folder}: {error.strerror or error}; {mend}") from None
-        prepared = _read(folder, dataset)
-        if prepared is None:
-            raise UserError(f"prepared data in {folder} cannot be read back; check that disk or choose another store")
+        try:
+            prepared = _read(folder, dataset)
+        except Damaged as bad:
+            raise UserError(f"{bad}, right after it was written; check that disk or choose another store") from None
+        assert prepared is not None
         return prepared
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -124,23 +141,25 @@ def _write(folder: Path, domains: list[Domain], dataset: DataSet) -> None:
                 continue
             path = folder / f"{domain.name}.{kind}.npy"
             sha = _write_encoded(path, value) if isinstance(value, Encoded) else _write_array(path, _array(value, kind))
-            files[path.name] = {"sha256": sha, **_stamp(path)}
-    content = [[name, f["sha256"]] for name, f in files.items()]
-    if streams:  # their pixels are never all seen: the names and sizes of the files stand for them
-        content.append(["encoded", listing(dataset.sources(), times=False)])
-    digest = _sha(json.dumps([list(dataset.classes), content]).encode())
+            files[path.name] = {"sha256": sha, "file": file_digest(path)}
+    # The pixels of what is streamed are never all seen: the names and sizes of the files stand for them.
+    streamed = listing(dataset.sources(), times=False) if streams else None
     meta = {
         "format": FORMAT,
         "data": dataset.title,
         "domains": [d.name for d in domains],
         "classes": list(dataset.classes),
         "files": files,
-        "hash": digest,
+        "streamed": streamed,
+        "hash": _hash(dataset.classes, files, streamed),
     }
-    with open(folder / "meta.json", "w") as out:
-        json.dump(meta, out, indent=1)
-        out.flush()
-        os.fsync(out.fileno())
+    write_json(folder / "meta.json", meta)
+
+
+def _hash(classes: Iterable[str], files: dict[str, dict[str, Any]], streamed: str | None) -> str:
+    """What stands for the data in a run's id: class names, and the content of every array."""
+    content = [[name, f["sha256"]] for name, f in files.items()]
+    return _sha(json.dumps([list(classes), [*content, *([["encoded", streamed]] if streamed else [])]]).encode())
 
 
 def _array(value: Tensor, kind: str) -> np.ndarray:
@@ -176,48 +195,63 @@ def _write_encoded(path: Path, images: Encoded) -> str:
 
 
 def _read(folder: Path, dataset: DataSet) -> Prepared | None:
-    """The prepared domains; None if there are none, or if what is there is damaged."""
-    try:
-        meta = json.loads((folder / "meta.json").read_bytes())
-        arrays = {name: _read_array(folder / name, stamp) for name, stamp in meta["files"].items()}
-        names, digest, classes = list(meta["domains"]), str(meta["hash"]), tuple(meta["classes"])
-        parts = {d: {k: arrays.get(f"{d}.{k}.npy") for k in _KINDS} for d in names}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
+    """The prepared domains; None if there are none.
+
+    Raises:
+        Damaged: What is there is not what was written; the message names the file.
+    """
+    if not folder.exists():
         return None
-    streamed = {d.name: d.images for d in dataset.load()} if any(parts[d]["images"] is None for d in names) else {}
+    meta = _read_meta(folder)
+    arrays = {name: _read_array(folder / name, stamp["file"]) for name, stamp in meta["files"].items()}
+    parts = {d: {k: arrays.get(f"{d}.{k}.npy") for k in _KINDS} for d in meta["domains"]}
+    streamed = {d.name: d.images for d in dataset.load()} if meta["streamed"] else {}
     domains = []
-    for d in names:
-        tensors: dict[str, Any] = {k: torch.from_numpy(a) for k, a in parts[d].items() if a is not None}
+    for d, arrays_of in parts.items():
+        tensors: dict[str, Any] = {k: torch.from_numpy(a) for k, a in arrays_of.items() if a is not None}
         tensors["images"] = tensors["images"].permute(0, 3, 1, 2) if "images" in tensors else streamed[d]
         domains.append(Domain(d, **tensors))
-    return domains, digest, classes
+    return domains, meta["hash"], tuple(meta["classes"])
 
 
-def _read_array(path: Path, stamp: dict[str, Any]) -> np.ndarray:
-    # "c" maps as "r" does, but the array counts as writable (writes would stay in this process), as torch wants it.
-    array = np.load(path, mmap_mode="c" if path.name.endswith(".images.npy") else None)
-    untouched = _stamp(path) == {k: stamp[k] for k in ("size", "mtime_ns")}
-    if not untouched and _sha(np.ascontiguousarray(array).data.cast("B")) != stamp["sha256"]:
-        raise ValueError(f"{path} has changed since it was written")
-    return array
+def _read_meta(folder: Path) -> dict[str, Any]:
+    """The folder's description."""
+    path = folder / "meta.json"
+    try:
+        meta = read_json(path)
+        if meta["hash"] != _hash(meta["classes"], meta["files"], meta["streamed"]):
+            raise Damaged("does not fit its own hash")
+        meta["domains"] = [str(name) for name in meta["domains"]]
+    except FileNotFoundError:
+        raise Damaged(f"{path} is missing") from None
+    except Damaged as bad:
+        raise Damaged(f"{path} {bad}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise Damaged(f"{path} is no description of prepared data") from None
+    return meta
+
+
+def _read_array(path: Path, digest: str, again: bool = False) -> np.ndarray:
+    try:
+        if file_digest(path, again) != digest:
+            raise Damaged(f"{path} has changed since it was written")
+        # "c" maps as "r" does, but the array counts as writable (writes would stay in this process), as torch wants it.
+        return np.load(path, mmap_mode="c" if path.name.endswith(".images.npy") else None)
+    except OSError as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror or error}"
+        raise Damaged(f"{path} {reason}") from None
+    except (ValueError, EOFError):
+        raise Damaged(f"{path} is no array") from None
 
 
 def check_prepared(folder: Path) -> str | None:
     """What is wrong with a prepared folder, reading every byte of it; None if nothing is."""
     try:
-        files = json.loads((folder / "meta.json").read_bytes())["files"]
-        for name, stamp in files.items():
-            array = np.load(folder / name, mmap_mode="r")
-            if _sha(np.ascontiguousarray(array).data.cast("B")) != stamp["sha256"]:
-                return f"{name} has changed since it was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
-        return f"cannot be read ({' '.join(str(error).split())[:100]})"
+        for name, stamp in _read_meta(folder)["files"].items():
+            _read_array(folder / name, stamp["file"], again=True)
+    except Damaged as bad:
+        return str(bad).removeprefix(f"{folder}{os.sep}")
     return None
-
-
-def _stamp(path: Path) -> dict[str, int]:
-    stat = path.stat()
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def _sha(data: bytes | memoryview) -> str:

@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,18 +30,25 @@ from torch import nn
 from .assemble import assemble
 from .chain import build
 from .data import DataModule, open_data
+from .disk import Damaged, clear_temporaries, file_digest, write_json
 from .errors import Diverged, RunFailed, UserError, trouble
 from .fit import (
     LAST,
+    Best,
     Progress,
     Recorder,
-    clear,
+    best_file,
+    best_of,
+    check_best,
     fit,
+    load,
     one_line,
     other_code,
+    read_best,
     read_checkpoint,
     save,
     selected,
+    start_over,
     test,
     validate,
 )
@@ -50,16 +57,15 @@ from .method import Method
 from .network import make_network
 from .quant import Bits, audit, cost
 from .registry import ROOT
-from .resolve import Resolved, resolve
+from .resolve import Resolved, code_of, resolve
 from .secrets import Scrubbed, scrub
 from .seeds import seed_for
-from .spec import RunSpec
-from .store import BusyError, Store, write_json
+from .spec import RunSpec, validated
+from .store import NET, RECORD, SCHEMA, BusyError, Store, check_digest, writing
 from .task import combine
 from .traces import Traces
 from .tracking import Tracker
 
-SCHEMA = 1
 log = logging.getLogger("qatbench")
 
 
@@ -99,12 +105,14 @@ def run(
         if old is not None and old["status"] == "done":  # by another process, while this one waited
             return old
         folder = store.path(resolved.run_id)
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(store.root):
+            folder.mkdir(parents=True, exist_ok=True)
+            log_file = logging.FileHandler(store.log_path(resolved.run_id))
         try:
-            with _logging_to(folder / "log.txt"):
+            with _logging_to(log_file):
                 record = _attempt(resolved, store, folder, data_root, device, wandb, suite, progress)
         finally:
-            clear(folder)
+            clear_temporaries(folder)
         store.write(record)
         return record
 
@@ -125,12 +133,14 @@ def _attempt(
     record: dict[str, Any] = {
         "schema": SCHEMA, "run_id": resolved.run_id, "status": "skipped", "reason": resolved.skip and scrub(resolved.skip),
         "spec": spec.model_dump(mode="json"), "metrics": {}, "per_class": {}, "cost": {},
-        "time": {"started": started.isoformat(timespec="seconds")}, "provenance": {}, "wandb": None,
+        "time": {"started": started.isoformat(timespec="seconds")}, "files": {}, "provenance": {}, "wandb": None,
     }  # fmt: skip
     if resolved.skip is not None:
         return record
     if resolved.broken is not None:
         return record | {"status": "failed", "reason": scrub(resolved.broken)}
+    _check_code(resolved)
+    notes: list[str] = []
     tracker = Tracker(
         folder, resolved.run_id, record["spec"], group=suite, job_type=spec.method,
         tags=[spec.method, spec.bits, spec.data, str(spec.protocol), spec.network, f"seed {spec.seed}"], enabled=wandb,
@@ -140,9 +150,10 @@ def _attempt(
         torch.set_num_threads(spec.threads)
         keep_freed()
         place = pick_device(device)
-        float_folder = train_float(resolved, store, data_root=data_root, device=device, progress=progress)
-        session = _Session(resolved, store, place, folder, data_root, progress, tracker)
-        measured = session.measure(float_folder)
+        shared: dict[str, Any] = {"data_root": data_root, "progress": progress, "notes": notes}
+        train_float(resolved, store, device=device, **shared)
+        session = _Session(resolved, store, place, folder, tracker=tracker, **shared)
+        measured = session.measure(store.read_float(resolved.float_id))
         measured["time"] = record["time"] | measured["time"]
         record |= {"status": "done", "reason": None, **measured}
     except Exception as error:
@@ -154,6 +165,9 @@ def _attempt(
         if isinstance(error, UserError):
             tracker.finish(failed=True)
             raise
+        if isinstance(error, Damaged):
+            tracker.finish(failed=True)
+            raise UserError(f"{error}, by another than this run; start it again") from error
         if (what := trouble(error)) is not None:
             tracker.finish(failed=True)
             raise UserError(f"{what} (store {store.root}); mend that, and the same command goes on") from error
@@ -164,6 +178,7 @@ def _attempt(
         }
     record["time"] |= {"wall_s": time.perf_counter() - clock}
     record["provenance"] = {**_provenance(resolved, device), **record["provenance"], "log": str(folder / "log.txt")}
+    record["provenance"] |= {"notes": notes} if notes else {}
     record["wandb"] = tracker.finish(record["metrics"], failed=record["status"] == "failed")
     log.info("%s %s", record["status"], record["reason"] or "")
     return record
@@ -188,36 +203,78 @@ def train_float(
     data_root: Path | None = None,
     device: str = "auto",
     progress: Progress | None = None,
+    notes: list[str] | None = None,
 ) -> Path:
     """Train the float network that the run starts from, or find it: one a store and float recipe.
 
+    One whose result or weights are not as they were written is trained again.
+
+    Args:
+        resolved: The run.
+        store: Where the network lies, or will.
+        data_root: Where the user keeps data sets.
+        device: As of `run`.
+        progress: As of `run`.
+        notes: Gets a line for everything that was found damaged.
+
     Returns:
-        Its folder, with ``net.pt`` (the state dict) and ``result.json`` (its metrics).
+        Its folder, with ``net.pt`` (the state dict) and ``result.json`` (its metrics, and the digest of the weights).
     """
+    notes = [] if notes is None else notes
     folder = store.float_path(resolved.float_id)
-    if (folder / "result.json").exists():
+    if store.has_float(resolved.float_id):
         return folder
+    _check_code(resolved)
     with _held(store, f"float-{resolved.float_id}", "the float network"):
-        if (folder / "result.json").exists():
-            return folder
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            if store.read_float(resolved.float_id) is not None:
+                return folder
+            if (folder / NET).exists() and not (folder / LAST).exists():
+                raise Damaged(f"{folder / RECORD} is missing")
+        except Damaged as bad:
+            _note(notes, f"{bad}; the float network is trained again")
+            start_over(folder, NET, RECORD)
+        with writing(store.root):
+            folder.mkdir(parents=True, exist_ok=True)
         float_run = Resolved(
             resolved.float_spec, resolved.float_id, resolved.float_id, resolved.code, resolved.data_hash, None
         )
         torch.set_num_threads(resolved.spec.threads)
         keep_freed()
-        session = _Session(float_run, store, pick_device(device), folder, data_root, progress, None)
+        session = _Session(float_run, store, pick_device(device), folder, data_root, progress, None, notes)
         try:
             result = session.measure(None)
         except Diverged as error:
             raise RunFailed(f"{error}; take a smaller float_lr") from error
-        save(folder / "net.pt", {k: v.cpu() for k, v in session.method.net.state_dict().items()})
+        save(folder / NET, {k: v.cpu() for k, v in session.method.net.state_dict().items()})
+        result |= {"files": {NET: file_digest(folder / NET)}}
+        write_json(folder / RECORD, {"schema": SCHEMA, "float_id": resolved.float_id, **result})
         (folder / LAST).unlink(missing_ok=True)
-        write_json(folder / "result.json", {"schema": SCHEMA, "float_id": resolved.float_id, **result})
-        clear(folder)
+        clear_temporaries(folder)
     del session, result
     gc.collect()  # trainer and module hold each other; the network of the run itself comes next
     return folder
+
+
+def _note(notes: list[str], line: str) -> None:
+    """Keep a line for the record and for the user; the log has it, too."""
+    notes.append(line)
+    log.warning("%s", line)
+
+
+def _check_code(resolved: Resolved) -> None:
+    """Refuse to run other code than the run was named by.
+
+    Raises:
+        UserError: A plugin's file has changed since.
+    """
+    now = code_of(resolved.spec)
+    other = [kind for kind, version in resolved.code.items() if now.get(kind, version) != version]
+    if other:
+        raise UserError(
+            f"the code of {other[0]} has changed since the run was named ({resolved.code[other[0]]}, now {now[other[0]]}); "
+            "start again, and do not change it meanwhile"
+        )
 
 
 @dataclass(frozen=True)
@@ -255,11 +312,15 @@ def load_run(store: Store, run_id: str, *, data_root: Path | None = None) -> Fin
         raise UserError(
             f"run {run_id} is {record['status']} ({record['reason']}); only a run that is done has a network"
         )
-    resolved = resolve(RunSpec(**record["spec"]), data_root=data_root, cache=store.cache)
+    spec = validated(RunSpec, record["spec"], f"run {run_id}")
+    resolved = resolve(spec, data_root=data_root, cache=store.cache)
     if resolved.run_id != run_id:
         raise UserError(f"run {run_id} was made by other code, settings or data than are here now; run it again")
-    session = _Session(resolved, store, torch.device("cpu"), store.path(run_id), data_root, None, None)
-    method = session.rebuild(store.float_path(resolved.float_id))
+    try:
+        session = _Session(resolved, store, torch.device("cpu"), store.path(run_id), data_root, None, None)
+        method = session.rebuild(record)
+    except (RunFailed, Damaged) as error:
+        raise UserError(f"run {run_id}: {error}; move the run's folder away and run it again") from error
     session.data.training_ended = True
     return Finished(record, method, session.data)
 
@@ -276,9 +337,11 @@ class _Session:
         data_root: Path | None,
         progress: Progress | None,
         tracker: Tracker | None,
+        notes: list[str] | None = None,
     ) -> None:
-        self.resolved, self.spec, self.device, self.folder = resolved, resolved.spec, device, folder
-        self.store, self.progress, self.tracker = store, progress, tracker
+        self.notes = [] if notes is None else notes
+        self.store, self.resolved, self.spec, self.device, self.folder = store, resolved, resolved.spec, device, folder
+        self.progress, self.tracker = progress, tracker
         spec = self.spec
         loaded = open_data(spec.data, spec.data_params, data_root, store.cache)
         if loaded.hash != resolved.data_hash:
@@ -289,13 +352,11 @@ class _Session:
         if untrained := [c for c, n in zip(loaded.classes, self.data.task.class_counts, strict=True) if n == 0]:
             log.warning("%d classes have no training image: %s", len(untrained), ", ".join(untrained[:20]))
 
-    def measure(self, float_folder: Path | None) -> dict[str, Any]:
-        """Build, train, select, test once, and add up."""
+    def measure(self, start: dict[str, Any] | None) -> dict[str, Any]:
+        """Build, train, select, test once, and add up. `start`: the float network's result; None: this is its own training."""
         spec = self.spec
-        saved = read_checkpoint(self.folder / LAST)
-        if saved is not None and saved["qatbench"].get("spec") != spec.model_dump(mode="json"):
-            raise RunFailed(f"{self.folder / LAST} belongs to another run; delete it to start over")
-        net = self._network(float_folder)
+        saved = self._resumable()
+        net = self._network(start)
         plan = None if saved is None else saved["qatbench"]["plan"]
         try:
             self.method = self._assembled(net, plan)
@@ -309,17 +370,21 @@ class _Session:
                 if s.kind == "layer"
             ]
             self.tracker.table("plan", ["layer", "weight bits", "activation bits", "weights", "MACs"], rows)
-        recorder = Recorder(self.folder, self.resolved, self.tracker, self.progress)
+        device = _device_name(self.device)
+        recorder = Recorder(self.folder, self.resolved, self.tracker, self.progress, devices=[device])
         clock = time.perf_counter()
-        if self.method.trains and spec.epochs > 0:
+        trains = self.method.trains and spec.epochs > 0
+        if trains:
             fit(self.method, self.data, recorder, resume=saved is not None)
+        if len(recorder.devices) > 1:
+            _note(self.notes, f"trained on one device after the other: {', '.join(recorder.devices)}")
         train_s = time.perf_counter() - clock
         validate(self.method, self.data)
-        metrics = self._select_and_test()
+        metrics = self._select_and_test(recorder.best if trains else {})
         for name, value in metrics.items():
             if not math.isfinite(value):
                 raise Diverged(f"diverged: {name} is {value}")
-        metrics |= _float_metrics(float_folder)
+        metrics |= _float_metrics(start)
         step_ms = 1000 * statistics.median(recorder.step_s) if recorder.step_s else None
         return {
             "metrics": metrics,
@@ -334,30 +399,60 @@ class _Session:
                 "peak_rss_mb": peak_rss_mb(),
                 **({"peak_gpu_mb": torch.cuda.max_memory_allocated() / 1e6} if self.device.type == "cuda" else {}),
             },
-            "provenance": self._data_provenance(),
+            "files": self._digests([LAST, *map(best_file, recorder.best)]) if trains else {},
+            "provenance": {**self._data_provenance(), **self._float_provenance(start)},
         }
 
-    def rebuild(self, float_folder: Path) -> Method:
-        """The method as it was when the run ended. One that did not train is assembled anew, from the same network and probe."""
+    def _resumable(self) -> dict[str, Any] | None:
+        """The checkpoint to go on from, if there is one that can be believed; else the training starts over, and that is noted.
+
+        Raises:
+            RunFailed: The checkpoint is whole, but of another run or of other code.
+        """
+        last = self.folder / LAST
+        try:
+            saved = read_checkpoint(last)
+            if saved is None:
+                if (self.folder / "metrics.csv").exists():
+                    _note(self.notes, f"{last} is missing; the training starts over")
+                return None
+            if saved["qatbench"].get("spec") != self.spec.model_dump(mode="json"):
+                raise RunFailed(f"{last} belongs to another run; delete it to start over")
+            check_best(self.folder, saved)
+        except Damaged as bad:
+            _note(self.notes, f"{bad}; the training starts over")
+            start_over(self.folder)
+            return None
+        return saved
+
+    def _digests(self, names: Iterable[str]) -> dict[str, str]:
+        """The digests of the files that the run can be rebuilt from."""
+        return {name: file_digest(self.folder / name) for name in names}
+
+    def _float_provenance(self, start: dict[str, Any] | None) -> dict[str, Any]:
+        """Which weights the run started from: two float networks of one recipe may differ, made on other machines."""
+        return {} if start is None else {"float": {"id": self.resolved.float_id, "sha256": start["files"][NET]}}
+
+    def rebuild(self, record: dict[str, Any]) -> Method:
+        """The method as it was when the run ended. One that did not train is assembled anew, from the same network and probe.
+
+        Raises:
+            Damaged: A file that the run rests on is missing, or not as it was written; the message names it.
+        """
         spec, last = self.spec, self.folder / LAST
         trained = spec.epochs > 0 and build(spec.method, spec.params).trains
+        start = None if trained else self._same_start(record)
+        files: dict[str, Any] = {**({LAST: None} if trained else {}), **record["files"]}
+        for name, digest in files.items():
+            check_digest(self.folder / name, digest)
         saved = read_checkpoint(last) if trained else None
-        if trained and saved is None:
-            raise UserError(
-                f"{last} is missing, and the trained weights with it; move the run's folder away and run it again"
-            )
-        if not trained and not (float_folder / "net.pt").exists():
-            raise UserError(
-                f"{float_folder / 'net.pt'} is missing, the float network; any new run from it makes it again"
-            )
-        net = self._network(None if trained else float_folder)
+        net = self._network(start)
         plan = None if saved is None else saved["qatbench"]["plan"]
         method = self._assembled(net, plan)
         if saved is not None:
-            weights = next(iter(selected(spec.selection, self.folder, [""])))
-            state = (
-                saved["state_dict"] if weights is None else torch.load(weights, weights_only=True, map_location="cpu")
-            )
+            best = best_of(saved)
+            ((chosen, _),) = selected(spec.selection, best, [""]).items()
+            state = saved["state_dict"] if chosen is None else read_best(self.folder, chosen, best[chosen])
             try:
                 method.load_state_dict(state)
             except RuntimeError as error:
@@ -374,6 +469,16 @@ class _Session:
             where = {"phase": "traces", "run_id": self.resolved.run_id, "epoch": 0, "epochs": 1}
             self.progress({**where, "step": done, "steps": of, "val/acc": None})
 
+    def _same_start(self, record: dict[str, Any]) -> dict[str, Any]:
+        """The float network's result, if it is the network that the run started from."""
+        net = self.store.float_path(self.resolved.float_id) / NET
+        start = self.store.read_float(self.resolved.float_id)
+        if start is None:
+            raise Damaged(f"{net} is missing, the float network")
+        if start["files"][NET] != record["provenance"].get("float", {}).get("sha256"):
+            raise Damaged(f"{net} was made again since, with other weights")
+        return start
+
     def _data_provenance(self) -> dict[str, Any]:
         """What the number was measured on: the split, its sizes, and the training images of each class."""
         task, splits = self.data.task, self.data.splits
@@ -385,30 +490,31 @@ class _Session:
             "generated": sorted(self.loaded.meta.get("generated", {})),
         }
 
-    def _network(self, float_folder: Path | None) -> nn.Module:
+    def _network(self, start: dict[str, Any] | None) -> nn.Module:
         """The float network: initial weights from (network, data, protocol, seed), or the trained ones."""
         spec = self.spec
         torch.manual_seed(seed_for("weights", spec.network, self.loaded.name, str(spec.protocol), spec.seed))
         channels = self.loaded.domains[0].images.shape[1]
         net = make_network(spec.network, channels, self.data.task.outputs)
-        if float_folder is not None:
+        if start is not None:
+            folder = self.store.float_path(self.resolved.float_id)
             try:
-                net.load_state_dict(torch.load(float_folder / "net.pt", weights_only=True, map_location="cpu"))
+                net.load_state_dict(load(folder / NET))
             except (RuntimeError, OSError) as error:
                 raise RunFailed(
-                    f"the float network in {float_folder} does not fit {spec.network} ({one_line(error)}); delete that folder"
+                    f"the float network in {folder} does not fit {spec.network} ({one_line(error)}); delete that folder"
                 ) from error
         return net.to(self.device).to(memory_format=torch.channels_last)
 
-    def _select_and_test(self) -> dict[str, float]:
+    def _select_and_test(self, best: dict[str, Best]) -> dict[str, float]:
         """Metrics of the weights that the protocol selects, on validation data; the test split is opened here and nowhere else."""
         val = self._validated()
         self.data.training_ended, self.per_class = True, {}
         domains, tested = self.data.test_domains, {}
         loaders = dict(zip(domains, self.data.open_test(), strict=True))
-        for weights, names in selected(self.spec.selection, self.folder, domains).items():
-            if weights is not None:
-                self.method.load_state_dict(torch.load(weights, weights_only=True, map_location=self.device))
+        for chosen, names in selected(self.spec.selection, best, domains).items():
+            if chosen is not None:
+                self.method.load_state_dict(read_best(self.folder, chosen, best[chosen], self.device))
                 validate(self.method, self.data)
                 whole = self.spec.selection == "best"  # best_per_domain: every domain has weights of its own
                 val |= {d: values for d, values in self._validated().items() if whole or d in names}
@@ -471,13 +577,9 @@ def pick_device(text: str) -> torch.device:
     return torch.device("cuda", int(index or 0))
 
 
-def _float_metrics(folder: Path | None) -> dict[str, float]:
+def _float_metrics(start: dict[str, Any] | None) -> dict[str, float]:
     """The starting point, shown beside every result."""
-    if folder is None:
-        return {}
-    import json
-
-    metrics = json.loads((folder / "result.json").read_text())["metrics"]
+    metrics = {} if start is None else start["metrics"]
     return {f"float/{k}": v for k, v in metrics.items() if k == "test/acc" or k.startswith("test/acc/")}
 
 
@@ -507,11 +609,14 @@ def _git() -> tuple[str | None, str | None]:
         return None, None
 
 
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+
+
 def _provenance(resolved: Resolved, device: str) -> dict[str, Any]:
     commit, dirty = _git()
     names = ("torch", "torchvision", "lightning", "torchmetrics", "numpy", "qatbench")
     versions = {name: importlib.metadata.version(name) for name in names}
-    place = pick_device(device)
     return {
         "code": resolved.code,
         "fidelity": {m.name: m.fidelity for m in _chain_of(resolved.spec)},
@@ -519,15 +624,14 @@ def _provenance(resolved: Resolved, device: str) -> dict[str, Any]:
         "git": commit,
         "dirty": dirty,
         "versions": {"python": platform.python_version(), **versions},
-        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else f"cpu ({platform.machine()})",
+        "device": _device_name(pick_device(device)),
         "selection": resolved.spec.selection,
     }
 
 
 @contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
+def _logging_to(handler: logging.Handler) -> Iterator[None]:
     """Send the log, Lightning's and the warnings to the run's own file."""
-    handler = logging.FileHandler(path)
     handler.handleError = lambda record: None  # on a full disk: a traceback on the terminal helps nobody
     handler.setFormatter(Scrubbed("%(asctime)s %(levelname)s %(message)s"))
     # Lightning's two halves have handlers and levels of their own; at INFO they advertise.

@@ -15,6 +15,8 @@ import re
 from pathlib import Path
 from urllib.parse import quote
 
+from .disk import replace_file
+
 HIDDEN = "***"
 
 _NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
@@ -79,9 +81,7 @@ def scrub_file(path: Path) -> None:
         before = path.read_bytes().decode("utf-8", "surrogateescape")
         after = scrub(before)
         if after != before:
-            temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-            temporary.write_bytes(after.encode("utf-8", "surrogateescape"))
-            os.replace(temporary, path)
+            replace_file(path, after.encode("utf-8", "surrogateescape"))
     except OSError:  # gone, or a full disk
         return
 

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
+from .disk import Damaged, read_json, write_json
 from .errors import UserError
 from .quant.sensitivity import CHUNK, Loss, hessian_trace
 from .spec import content_hash
-from .store import Store, write_json
+from .store import Store
+from .tensors import tensors_digest
 
 if TYPE_CHECKING:
     from .data import Batch
@@ -103,17 +104,15 @@ class Traces:
 def _read(path: Path, source: str, params: Mapping[str, Tensor]) -> dict[str, float] | None:
     """The traces in a file; None if there is none, or if it cannot be believed, which is told."""
     try:
-        value = json.loads(path.read_bytes())
+        value = read_json(path)
+        if value.get("of") == source and list(value.get("traces", ())) == list(params):
+            return value["traces"]
+        reason = "is of another network"
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError):
-        value = None
-    with contextlib.suppress(ValueError):  # NaN, for which there is no digest
-        if isinstance(value, dict) and value.get("check") == _check(source, value.get("traces")):
-            traces = value["traces"]
-            if isinstance(traces, dict) and list(traces) == list(params):
-                return traces
-    log.warning("%s is damaged; the Hessian's traces are measured again", path)
+    except Damaged as bad:
+        reason = str(bad)
+    log.warning("%s is damaged (%s); the Hessian's traces are measured again", path, reason)
     return None
 
 
@@ -121,29 +120,15 @@ def _keep(path: Path, source: str, traces: Mapping[str, float]) -> None:
     """Write the traces; that they cannot be kept is no reason for the run to fail."""
     if not all(math.isfinite(value) for value in traces.values()):
         return
-    value = {"schema": SCHEMA, "of": source, "traces": dict(traces), "check": _check(source, dict(traces))}
+    value = {"schema": SCHEMA, "of": source, "traces": dict(traces)}
     try:
         write_json(path, value)
     except OSError as error:
         log.warning("the Hessian's traces could not be kept in %s: %s", path, error.strerror)
 
 
-def _check(source: str, traces: Any) -> str:
-    return content_hash({"schema": SCHEMA, "of": source, "traces": traces})
-
-
-def _digest(tensors: Mapping[str, Tensor | None]) -> str:
-    """SHA-256 of names, types, shapes and values."""
-    sha = hashlib.sha256()
-    for name, tensor in tensors.items():
-        sha.update(f"{name} {None if tensor is None else (tensor.dtype, tuple(tensor.shape))}".encode())
-        if tensor is not None:
-            sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
-
-
 def _images(batch: Batch) -> str:
-    return _digest({"x": batch.x, "y": batch.y, "domain": batch.domain})
+    return tensors_digest({"x": batch.x, "y": batch.y, "domain": batch.domain})
 
 
 def _network(net: nn.Module) -> str:
@@ -153,7 +138,7 @@ def _network(net: nn.Module) -> str:
         for name, m in net.named_modules()
     ]
     structure = hashlib.sha256(json.dumps(modules, sort_keys=True).encode()).hexdigest()
-    return structure + _digest(net.state_dict(keep_vars=True))
+    return structure + tensors_digest(net.state_dict(keep_vars=True))
 
 
 def _plain(name: str, value: Any) -> bool:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
+import io
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .disk import replace_file
 from .secrets import scrub
 
 _log = logging.getLogger(__name__)
@@ -71,10 +71,10 @@ class Tracker:
             return
         about = {
             "project": project,
-            "group": group and _cut(group, 128),  # W&B's server refuses longer ones, when the run is synced
-            "job_type": job_type and _cut(job_type, 64),
-            "tags": list(dict.fromkeys(_cut(tag, 64) for tag in tags)),
-            "name": _cut(name or _label(config) or run_id, 128),
+            "group": group,
+            "job_type": job_type,
+            "tags": [tag[:64] for tag in tags],  # W&B refuses longer ones
+            "name": name or _label(config) or run_id,
             "config": dict(config),
         }
         self._safely(lambda: self._start(about))
@@ -145,7 +145,6 @@ class Tracker:
             run.summary.update(_present(summary))
         finally:
             run.finish(exit_code=int(failed))
-            self._clear()
 
     def _safely(self, do: Callable[[], Any]) -> None:
         """Does it; if W&B raises, tracking ends here and the run goes on."""
@@ -158,24 +157,15 @@ class Tracker:
             for end in (lambda: run and run.finish(exit_code=1), lambda: _wandb().teardown()):
                 with contextlib.suppress(Exception):  # has been warned of
                     end()
-            self._clear()
-
-    def _clear(self) -> None:
-        """Remove the copies that W&B made of tables before they went into the run's folder, a killed run's too."""
-        shutil.rmtree(self._dir / "wandb" / "artifacts" / "staging", ignore_errors=True)
-        with contextlib.suppress(OSError):  # not there, or not empty
-            (self._dir / "wandb" / "artifacts").rmdir()
 
 
 def write_history(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes ``metrics.csv`` as a whole: a column for every key, in the order in which they first appear."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(path, text.getvalue().encode())
 
 
 def _wandb() -> Any:
@@ -211,11 +201,6 @@ def user_mode() -> str:
 def _label(config: Mapping[str, Any]) -> str:
     words = [str(config[key]) for key in ("method", "bits", "data", "network") if config.get(key)]
     return " ".join([*words, f"seed {config['seed']}"] if "seed" in config else words)
-
-
-def _cut(text: str, length: int) -> str:
-    """The text, or its beginning and a hash of all of it: two long chains stay two."""
-    return text if len(text) <= length else f"{text[: length - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _present(metrics: Mapping[str, float | None]) -> dict[str, float]:

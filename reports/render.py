@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 DASH = "–"
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _LONGEST = 300  # characters of a reason that are shown; runs.csv has all of them
 GLOSSARY = {
     "accuracy": "test accuracy in %, the unweighted mean over domains; mean ± sample standard deviation over seeds",
@@ -398,28 +396,12 @@ def _csv_row(table: Table, cell: Cell, domains: list[str], measures: list[str]) 
 
 
 def to_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows with equal keys as CSV; None is an empty field, and a float is written so that it reads back equal.
-
-    A text that a spreadsheet would execute has an apostrophe before it, see `inert`.
-    """
+    """Rows with equal keys as CSV; None is an empty field, and a float is written so that it reads back equal."""
     file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([inert(name) for name in rows[0]])
-    writer.writerows([inert(row[name]) for name in rows[0]] for row in rows)
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return file.getvalue()
-
-
-def inert(value: Any) -> Any:
-    """The value as it is, but a text that begins as a formula does (``= + - @``, tab, newline) after an apostrophe; numbers stay.
-
-    >>> inert("=1+1"), inert("-0.5"), inert("lsq")
-    ("'=1+1", '-0.5', 'lsq')
-    """
-    if not isinstance(value, str) or _NUMBER.fullmatch(value):
-        return value
-    value = value.replace("\r\n", "\n").replace("\r", "\n")  # which the csv module would not quote
-    first = unicodedata.normalize("NFKC", value.lstrip(" \u00a0\ufeff")[:1])  # full-width signs count in some languages
-    return f"'{value}" if first and first in "=+-@\t\n" else value
 
 
 # ---- terminal

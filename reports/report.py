@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..bench.disk import replace_file
 from ..bench.errors import UserError
 from ..bench.store import Store
 from .frame import Selection, one_line, rows, seed, select
@@ -103,8 +103,28 @@ def _page(selection: Selection, boards: list[Table], command: str) -> Page:
     if selection.aside:
         files = "1 file" if len(selection.aside) == 1 else f"{len(selection.aside)} files"
         notes.append(f"{files} of the store set aside as no record of this version; named at the end.")
+    notes += _mixed(provenance)
     title = f"Leaderboard: {selection.suite}" if selection.suite else "Leaderboard"
     return Page(title, one_line(command), tuple(footer.items()), tuple(notes), tuple(selection.aside.items()))
+
+
+def _mixed(provenance: list[dict[str, Any]]) -> list[str]:
+    """What a reader of means and of paired differences must know: that runs began, or ran, in unequal places."""
+    starts: defaultdict[str, set[str]] = defaultdict(set)
+    for start in (p.get("float") for p in provenance):
+        if isinstance(start, dict):
+            starts[one_line(start.get("id"))].add(one_line(start.get("sha256")))
+    notes = []
+    if unequal := sorted(i for i, digests in starts.items() if len(digests) > 1):
+        notes.append(
+            f"Some runs of one float recipe start from unequal weights, since its network was made again between them (maybe on "
+            f"another machine): float networks {', '.join(unequal[:5])}. Their differences are not only those of the methods."
+        )
+    if len({one_line(p["device"]) for p in provenance if p.get("device")}) > 1:
+        notes.append(
+            "The runs were made on different devices (see the footer), whose numbers differ in the last digits."
+        )
+    return notes
 
 
 def _listed(values: Any) -> str:
@@ -125,14 +145,10 @@ def _newest(records: list[dict[str, Any]]) -> str:
 
 def _write(files: dict[Path, bytes]) -> None:
     for path, content in files.items():
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
+            replace_file(path, content)
         except OSError as error:
-            if path.parent.is_dir() and os.access(path.parent, os.W_OK):
-                temporary.unlink(missing_ok=True)
             raise UserError(
                 f"cannot write the report to {path.parent}: {error.strerror}; choose another folder with --out"
             ) from error

@@ -298,7 +298,7 @@ class _Launch:
             if kind == "ended":
                 self.progress.ended(worker.number, job, value)
             elif kind == "float":
-                self.progress.float_ended(worker.number, job)
+                self.progress.float_ended(worker.number, job, value or [])
                 self._release(job)
             else:
                 self.progress.stopped(worker.number)
@@ -498,7 +498,7 @@ def _tell_end(console: Console, progress: Progress, launch: _Launch, command: st
     """How to go on, if it was stopped."""
     if launch.signal or launch.late or progress.broken_off:
         runs = f"{progress.broken_off} run{'s' * (progress.broken_off != 1)}"
-        what = f"{runs} broken off" if progress.broken_off else f"Time limit of {time_limit} reached"
+        what = f"The machine ended {runs}" if progress.broken_off else f"Time limit of {time_limit} reached"
         what = "Interrupted" if launch.signal else what
         numbers = f"{progress.done} of {progress.total} runs are done, nothing finished is lost"
         console.print(f"{what}: {numbers}. Go on with: {command}", highlight=False, soft_wrap=True, markup=False)

@@ -148,10 +148,11 @@ class Progress:
         """A worker gave its job back."""
         self.active.pop(worker, None)
 
-    def float_ended(self, worker: int, job: Job) -> None:
-        """A float network is trained."""
+    def float_ended(self, worker: int, job: Job, notes: Sequence[str] = ()) -> None:
+        """A float network is trained; `notes`: what was found damaged."""
         seconds = self._time(worker)
         self.say(f"[green]ok[/]     {escape(job.label)}  [dim]{clock(seconds)}[/]")
+        self._notes(notes)
 
     def float_failed(self, job: Job, reason: str, log: Path, runs: int) -> None:
         """A float network could not be trained, nor can the runs that start from it."""
@@ -174,6 +175,7 @@ class Progress:
             accuracy = (record.get("metrics") or {}).get("test/acc")
             shown = "" if accuracy is None else f"  test {100 * accuracy:.1f} %"
             self.say(f"[green]ok[/]     {escape(job.label)}{shown}{took}{note and f'  [dim]{escape(note)}[/]'}")
+            self._notes((record.get("provenance") or {}).get("notes", ()))
         elif record["status"] == "failed":
             self.failed += 1
             if quiet:
@@ -184,6 +186,10 @@ class Progress:
         else:
             self.total -= 1
             self.say(f"[dim]skipped[/] {escape(job.label)}: {escape(str(record['reason']))}")
+
+    def _notes(self, notes: Iterable[str]) -> None:
+        for line in notes:
+            self.say(f"       [dim]{escape(line)}[/]")
 
     def say(self, line: str) -> None:
         """Print one line, not wrapped, so that a path can be copied."""

@@ -23,9 +23,9 @@ from typing import IO, Any
 
 from ..bench.errors import RunFailed, UserError, trouble
 from ..bench.fit import one_line
-from ..bench.resolve import Resolved, code_of
+from ..bench.resolve import Resolved
 from ..bench.secrets import scrub, scrub_file
-from ..bench.store import RECORD, BusyError, Store, writing
+from ..bench.store import BusyError, Store, writing
 from .status import float_lock
 
 Send = Callable[..., None]
@@ -74,8 +74,8 @@ class Job:
         return store.float_path(self.resolved.float_id)
 
     def has_float(self, store: Store) -> bool:
-        """Whether the float network is trained: its result is written last."""
-        return (self.float_folder(store) / RECORD).exists()
+        """Whether the float network is trained, and whole."""
+        return store.has_float(self.resolved.float_id)
 
 
 def unmeasured(status: str, resolved: Resolved, reason: str, log: Path | None = None) -> dict[str, Any]:
@@ -156,9 +156,6 @@ def _do(job: Job, setting: Setting, store: Store, runner: Any, send: Send) -> No
             if (there := _there(job, store)) is not None:
                 send(*there)
                 return
-            if (changed := _other_code(job)) is not None:
-                send("left", changed)
-                return
             with _logged(job.log(store)):
                 _fresh_peak()
                 try:
@@ -170,21 +167,6 @@ def _do(job: Job, setting: Setting, store: Store, runner: Any, send: Send) -> No
         send("busy")
     except (UserError, OSError) as error:
         send("unwritable", scrub(str(error)))
-
-
-def _other_code(job: Job) -> str | None:
-    """What to say if this process has loaded other code than the run was named by: a plugin may be saved anew during a sweep."""
-    named = job.resolved.code
-    try:
-        now = code_of(job.resolved.spec)
-    except UserError as error:
-        return str(error)
-    other = [what for what, version in named.items() if now.get(what) != version]
-    if not other:
-        return None
-    return (
-        f"the code of {other[0]} is {now.get(other[0])} by now, and the run was named by {named[other[0]]}; start again"
-    )
 
 
 def _there(job: Job, store: Store) -> tuple[str, Any] | None:
@@ -199,8 +181,9 @@ def _train(job: Job, setting: Setting, store: Store, runner: Any, send: Send) ->
     shared: dict[str, Any] = {"data_root": setting.data_root, "device": setting.device}
     shared["progress"] = lambda event: send("progress", event)
     if job.float_net:
-        runner.train_float(job.resolved, store, **shared)
-        return "float", None
+        notes: list[str] = []
+        runner.train_float(job.resolved, store, **shared, notes=notes)
+        return "float", notes
     return "ended", runner.run(job.resolved, store, **shared, wandb=setting.wandb, suite=setting.suite)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from qatbench.bench.fit import load, save
 from support import SQUARES, TINY
 
 
@@ -517,37 +518,67 @@ def test_disk_quota_leaves_the_run(tiny, tmp_path) -> None:
 
 
 def other_code(checkpoint: Path) -> None:
-    saved = torch.load(checkpoint, weights_only=True)
+    saved = load(checkpoint)
     saved["state_dict"] = {f"{name}_old": value for name, value in saved["state_dict"].items()}
-    torch.save(saved, checkpoint)
+    save(checkpoint, saved)
 
 
 def other_layers(checkpoint: Path) -> None:
-    saved = torch.load(checkpoint, weights_only=True)
+    saved = load(checkpoint)
     saved["qatbench"]["plan"] = {"layer9": [4, 4]}
-    torch.save(saved, checkpoint)
+    save(checkpoint, saved)
 
 
 def other_format(checkpoint: Path) -> None:
-    torch.save({"epoch": 3}, checkpoint)
+    save(checkpoint, {"epoch": 3})
+
+
+def no_history(checkpoint: Path) -> None:
+    save(checkpoint, load(checkpoint) | {"callbacks": {}})
 
 
 def pickled_code(checkpoint: Path) -> None:
     torch.save({"qatbench": Path}, checkpoint)
 
 
+def sealed_code(checkpoint: Path) -> None:
+    save(checkpoint, {"qatbench": Path})
+
+
+def without_digest(checkpoint: Path) -> None:
+    torch.save(torch.load(checkpoint, weights_only=True), checkpoint)
+
+
 def garbage(checkpoint: Path) -> None:
     checkpoint.write_bytes(b"PK\3\4 garbage")
 
 
-@pytest.mark.parametrize("damage", [other_code, other_layers, other_format, pickled_code, garbage, truncated])
+def empty(checkpoint: Path) -> None:
+    checkpoint.write_bytes(b"")
+
+
+def flipped(checkpoint: Path) -> None:
+    raw = checkpoint.read_bytes()
+    checkpoint.write_bytes(raw[:5000] + bytes([raw[5000] ^ 2]) + raw[5001:])
+
+
+def a_folder(checkpoint: Path) -> None:
+    checkpoint.unlink()
+    checkpoint.mkdir()
+
+
+def interrupted(tmp_path: Path) -> Path:
+    """The checkpoint of the only run, whose record is taken away, as if it had been killed just before."""
+    (record,) = (path for path in tmp_path.glob("runs/*/result.json") if path.parents[1].name == "runs")
+    record.unlink()
+    return record.parent / "last.ckpt"
+
+
+@pytest.mark.parametrize("damage", [other_code, other_layers, other_format])
 def test_checkpoint_of_other_code_fails_the_run(tiny, tmp_path, damage) -> None:
     """Without it, an old checkpoint is loaded in part, or its error is a page of tensor names."""
     assert tiny("lsq").status == 0
-    (checkpoint,) = (
-        path.parent / "last.ckpt" for path in tmp_path.glob("runs/*/result.json") if path.parents[1].name == "runs"
-    )
-    (checkpoint.parent / "result.json").unlink()
+    checkpoint = interrupted(tmp_path)
     damage(checkpoint)
     answer = tiny("lsq")
     assert answer.status == 1, answer
@@ -556,3 +587,22 @@ def test_checkpoint_of_other_code_fails_the_run(tiny, tmp_path, damage) -> None:
     assert "Traceback" not in answer.out + answer.err
     checkpoint.unlink()
     assert tiny("lsq").status == 0
+
+
+@pytest.mark.parametrize(
+    "damage", [no_history, pickled_code, sealed_code, without_digest, garbage, empty, flipped, truncated, a_folder, Path.unlink]
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_told_and_not_believed(tiny, tmp_path, damage) -> None:
+    """Without it, a run goes on from weights that nobody trained, and its number is another one, without a word."""
+    first = tiny("lsq", "--set", "epochs=2", "--json")
+    checkpoint = interrupted(tmp_path)
+    damage(checkpoint)
+    again = tiny("lsq", "--set", "epochs=2", "--json")
+    assert (first.status, again.status) == (0, 0), again
+    one, other = json.loads(first.out), json.loads(again.out)
+    assert one["metrics"] == other["metrics"]
+    assert one["files"].keys() == other["files"].keys()
+    (note,) = other["provenance"]["notes"]
+    assert note.startswith(str(checkpoint))
+    assert note.endswith("; the training starts over")
+    assert "Traceback" not in again.out + again.err

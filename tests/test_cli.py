@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from pictures import write_classes
 from support import SQUARES, TINY, read_offline
 
@@ -276,10 +275,6 @@ def test_doctor_finds_what_is_wrong(cli, tmp_path) -> None:
     assert "FAIL" not in good.out
     for word in ("Python", "torch", "wandb", "store", "W&B", "methods"):
         assert re.search(rf"^ok   .*{word}", good.out, re.MULTILINE)
-    capability = torch.backends.cpu.get_cpu_capability()
-    assert re.search(
-        rf"^ok   CPU .+, instructions {capability}, torch {re.escape(torch.__version__)}", good.out, re.MULTILINE
-    )
     bad = cli("doctor", "--store", tmp_path, "--data-root", tmp_path / "nowhere")
     assert bad.status == 1
     assert re.search(r"^FAIL data root .*nowhere is not a folder", bad.out, re.MULTILINE)

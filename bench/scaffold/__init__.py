@@ -5,14 +5,12 @@ from __future__ import annotations
 import importlib.util
 import keyword
 import re
-import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
+from ..disk import create_file
 from ..errors import UserError
 
 if TYPE_CHECKING:
@@ -44,7 +42,7 @@ def write_method(name: str, folder: Path) -> tuple[Path, Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, template in ((method, "method.py.tmpl"), (test, "test_method.py.tmpl")):
-            path.write_text(Template((_HERE / template).read_text()).substitute(words))
+            create_file(path, Template((_HERE / template).read_text()).substitute(words).encode())
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror}; choose another folder with --dir") from None
     return method, test
@@ -52,8 +50,6 @@ def write_method(name: str, folder: Path) -> tuple[Path, Path]:
 
 def check_file(file: Path) -> int:
     """Run `MethodContract` on every method and `DatasetContract` on every data set of a plugin file; pytest's exit status.
-
-    It runs in a process of its own; if that crashes, the status is 1.
 
     A data set is checked on its own data: what it makes, or what it finds in ``QATBENCH_DATA``. Its author's own subclass
     of the contract, which writes tiny files, shows more.
@@ -71,6 +67,8 @@ def check_file(file: Path) -> int:
             f"plugin {file} defines no method and no data set; one is a class with a `name` that extends qatbench.Method "
             "or qatbench.DataSet"
         )
+    import pytest
+
     lines = ["from qatbench.bench.testing import DatasetContract, MethodContract", ""]
     for plugin in found:
         lines += [*_suite_of(plugin), f"    plugin = {str(file.resolve())!r}", ""]
@@ -88,29 +86,7 @@ def check_file(file: Path) -> int:
             "--rootdir",
             folder,
         ]
-        options += ["--color=yes"] if sys.stdout.isatty() else []
-        return _pytest([*options, str(test)], file)
-
-
-def _pytest(arguments: list[str], file: Path) -> int:
-    """Run pytest in a process of its own, where modules are found as in this one; a crash of native code is one line."""
-    code = f"import sys; sys.path[:] = {sys.path!r}; import pytest; sys.exit(pytest.main({arguments!r}))"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, errors="replace") as child:
-        assert child.stdout is not None
-        for line in child.stdout:
-            print(line, end="", flush=True)
-    if child.returncode >= 0:
-        return child.returncode
-    try:
-        name = signal.Signals(-child.returncode).name
-    except ValueError:
-        name = f"signal {-child.returncode}"
-    guess = "out of memory?" if name == "SIGKILL" else (
-        "native code crashed, of torch or of the plugin; try ONEDNN_MAX_CPU_ISA=AVX before the command, and if that helps, "
-        "report it to torch with what `qatbench doctor` says of the CPU"
-    )  # fmt: skip
-    print(f"qatbench: the suite of {file} was ended by {name}: {guess}", file=sys.stderr)
-    return 1
+        return int(pytest.main([*options, str(test)]))
 
 
 def _suite_of(plugin: Plugin) -> list[str]:

@@ -9,14 +9,16 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qatbench.bench import disk
 from qatbench.bench.data import (
     Batch,
     DataModule,
@@ -28,6 +30,7 @@ from qatbench.bench.data import (
     open_data,
     parse_protocol,
 )
+from qatbench.bench.disk import read_json, write_json
 from qatbench.bench.errors import RunFailed, UserError
 from qatbench.bench.longtail import RULES, tail_counts
 
@@ -492,34 +495,55 @@ def test_the_hash_moves_with_a_pixel_a_label_a_domain_and_nothing_else(tmp_path)
     assert open_data(Other, {}, None, tmp_path).hash == hashes[""]
 
 
-@pytest.mark.parametrize(
-    "damage", ["truncate", "empty", "flip", "remove", "no meta", "bad meta", "list meta", "foreign"]
-)
-def test_a_damaged_cache_is_prepared_again(tmp_path, damage):
+def reseal(path: Path, **changes: Any) -> None:
+    write_json(path, {**read_json(path), **changes})
+
+
+def set_back(path: Path, content: bytes) -> None:
+    """Change a file as `rsync -t` or a disk that rots would: its time of writing stays."""
+    before = path.stat()
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+DAMAGES: dict[str, Callable[[Path, Path], Any]] = {
+    "truncated": lambda images, meta: images.write_bytes(images.read_bytes()[:-100]),
+    "empty": lambda images, meta: images.write_bytes(b""),
+    "flipped": lambda images, meta: images.write_bytes(images.read_bytes()[:-5] + b"0" + images.read_bytes()[-4:]),
+    "time kept": lambda images, meta: set_back(images, images.read_bytes()[:-5] + b"0" + images.read_bytes()[-4:]),
+    "zeros": lambda images, meta: set_back(images, images.read_bytes()[:128] + bytes(images.stat().st_size - 128)),
+    "header": lambda images, meta: set_back(images, images.read_bytes().replace(b"(30, 8, 8, 3)", b"(30, 4,16, 3)")),
+    "labels": lambda images, meta: set_back(p := images.with_name("one.labels.npy"), p.read_bytes()[:-8] + b"\1" + bytes(7)),
+    "removed": lambda images, meta: images.unlink(),
+    "pipe": lambda images, meta: (images.unlink(), os.mkfifo(images)),
+    "folder": lambda images, meta: (images.unlink(), images.mkdir()),
+    "no meta": lambda images, meta: meta.unlink(),
+    "cut meta": lambda images, meta: meta.write_text(meta.read_text()[:50]),
+    "list": lambda images, meta: meta.write_text("[]"),
+    "foreign": lambda images, meta: meta.write_text(json.dumps({"files": {}})),
+    "classes": lambda images, meta: meta.write_text(meta.read_text().replace('"a"', '"z"')),
+    "classes, sealed": lambda images, meta: reseal(meta, classes=["c", "b", "a"]),
+    "hash": lambda images, meta: reseal(meta, hash="0" * 64),
+    "no hash": lambda images, meta: reseal(meta, hash=None),
+    "no domains": lambda images, meta: reseal(meta, domains=None),
+    "no files": lambda images, meta: reseal(meta, files=[1]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_told_and_prepared_again(tmp_path, damage, caplog):
     """Broken if a half-written or changed cache crashes a run, or worse, trains it."""
     good = open_data(Tiny, {}, None, tmp_path)
     images, meta = folder_of(tmp_path) / "one.images.npy", folder_of(tmp_path) / "meta.json"
-    raw = images.read_bytes()
-    if damage == "truncate":
-        images.write_bytes(raw[:-100])
-    elif damage == "empty":
-        images.write_bytes(b"")
-    elif damage == "flip":
-        images.write_bytes(raw[:-5] + bytes([raw[-5] ^ 1]) + raw[-4:])
-    elif damage == "remove":
-        images.unlink()
-    elif damage == "no meta":
-        meta.unlink()
-    elif damage == "bad meta":
-        meta.write_text(meta.read_text()[:50])
-    elif damage == "list meta":
-        meta.write_text("[]")
-    else:
-        meta.write_text(json.dumps({"files": {}}))
+    before = {path.name: path.read_bytes() for path in folder_of(tmp_path).iterdir()}
+    DAMAGES[damage](images, meta)
     again = open_data(Tiny, {}, None, tmp_path)
     assert Tiny.loads == ["load", "load"]
-    assert again.hash == good.hash
-    assert images.read_bytes() == raw
+    assert (again.hash, again.classes) == (good.hash, good.classes)
+    assert {path.name: path.read_bytes() for path in folder_of(tmp_path).iterdir()} == before
+    (told,) = caplog.messages
+    assert told.startswith(str(folder_of(tmp_path)))
+    assert told.endswith("; the data is prepared again")
 
 
 def test_a_copied_cache_is_still_good(tmp_path):
@@ -534,7 +558,9 @@ def test_a_copied_cache_is_still_good(tmp_path):
 def test_leftovers_of_a_killed_process_are_swept_away(tmp_path):
     """Broken if what a killed process left is taken for whole, or stops the next one."""
     open_data(Tiny, {}, None, tmp_path / "known")
-    unfinished = tmp_path / f"{folder_of(tmp_path / 'known').name}.tmp"
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    unfinished = tmp_path / f"{folder_of(tmp_path / 'known').name}.tmp-{disk._here()}-{dead.pid}-{'0' * 16}"
     unfinished.mkdir()
     (unfinished / "one.images.npy").write_bytes(b"half")
     open_data(Tiny, {}, None, tmp_path)

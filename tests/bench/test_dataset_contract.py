@@ -408,30 +408,6 @@ def test_check_runs_on_a_data_set(forgotten: None, tmp_path: Path, licence: str,
     assert check_file(file) == status
 
 
-CRASHES = """
-import os, signal
-from qatbench.methods.lsq import LSQ
-
-class Crashes(LSQ):
-    name = "crashes_in_check"
-
-    def weight_quantizer(self, bits, site, scope):
-        os.kill(os.getpid(), signal.SIGABRT)
-"""
-
-
-@pytest.mark.slow
-def test_a_crash_in_check_is_one_line(forgotten: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """`qatbench check` would take the interpreter with it where a kernel of the CPU crashes, and nobody would know what to do."""
-    file = tmp_path / "crashes.py"
-    file.write_text(CRASHES)
-    assert check_file(file) == 1
-    last = capfd.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"qatbench: the suite of {file} was ended by SIGABRT: ")
-    assert "ONEDNN_MAX_CPU_ISA" in last
-    assert "qatbench doctor" in last
-
-
 def test_check_says_what_a_data_set_with_a_variant_needs(forgotten: None, tmp_path: Path) -> None:
     """The author of such a data set would be shown thirty failures of one cause."""
     file = tmp_path / "with_variant.py"

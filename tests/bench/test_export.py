@@ -136,7 +136,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, dict[str, st
     }.items():
         spec = RunSpec(**{"method": name, **tiny, **settings})
         ids[name] = run(resolve(spec, data_root=None, cache=where.cache), where, wandb=False)["run_id"]
-    failed = {**(where.read(ids["lsq"]) or {}), "run_id": "0failed", "status": "failed", "reason": "diverged"}
+    failed = {
+        **(where.read(ids["lsq"]) or {}),
+        "run_id": "0failed",
+        "status": "failed",
+        "reason": "diverged",
+        "provenance": {},
+    }
     where.write(failed)
     registry._files.clear()
     registry._files.update(before)

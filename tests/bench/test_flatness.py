@@ -270,7 +270,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, dict[str, st
     for name, settings in {"fp32": {}, "lsq": {}, "ptq": {"bits": "w8a8"}}.items():
         spec = RunSpec(**{"method": name, **tiny, **settings})
         ids[name] = run(resolve(spec, data_root=None, cache=where.cache), where, wandb=False)["run_id"]
-    where.write({**(where.read(ids["lsq"]) or {}), "run_id": "0failed", "status": "failed", "reason": "diverged"})
+    where.write(
+        {
+            **(where.read(ids["lsq"]) or {}),
+            "run_id": "0failed",
+            "status": "failed",
+            "reason": "diverged",
+            "provenance": {},
+        }
+    )
     registry._files.clear()
     registry._files.update(before)
     return where, ids
@@ -292,7 +300,9 @@ def test_probe_writes_what_it_returns(store: tuple[Store, dict[str, str]], squar
     record = (where.path(ids[method]) / "result.json").read_bytes()
     found = probe_run(where, ids[method][:10], QUICK)
     folder = where.path(ids[method])
-    assert json.loads((folder / "flatness.json").read_text()) == found
+    kept = json.loads((folder / "flatness.json").read_text())
+    assert kept.pop("digest")
+    assert kept == found
     assert (folder / "result.json").read_bytes() == record
     assert not list(folder.glob("*.tmp*"))
     assert (found["run_id"], found["method"], found["settings"]["seed"]) == (ids[method], method, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import json
 import os
 import re
@@ -18,16 +19,19 @@ from typing import Any
 
 import pytest
 import torch
+from qatbench.bench import fit as fit_module
 from qatbench.bench import registry
 from qatbench.bench import runner as runner_module
 from qatbench.bench.data import DataModule
+from qatbench.bench.disk import read_json, write_json
 from qatbench.bench.errors import UserError
+from qatbench.bench.fit import load, save
 from qatbench.bench.models.resnet import ResNet8
 from qatbench.bench.resolve import resolve
-from qatbench.bench.runner import run
+from qatbench.bench.runner import load_run, run
 from qatbench.bench.site import find_sites
 from qatbench.bench.spec import RunSpec
-from qatbench.bench.store import Store
+from qatbench.bench.store import SCHEMA, Store
 
 ROOT = Path(__file__).parents[2]
 SQUARES = ROOT / "tests" / "squares.py"
@@ -260,6 +264,142 @@ def test_float_network_is_trained_once(tmp_path: Path) -> None:
     assert len(list((store.root / "float").iterdir())) == 4
 
 
+def flip(path: Path) -> None:
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-2000] + bytes([raw[-2000] ^ 2]) + raw[-1999:])
+
+
+def rewritten(path: Path, **changes: Any) -> None:
+    write_json(path, read_json(path) | changes)
+
+
+def other_weights(path: Path) -> None:
+    save(path, {name: value + 0.1 if value.is_floating_point() else value for name, value in load(path).items()})
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("net.pt", flip),
+        ("net.pt", other_weights),
+        ("net.pt", Path.unlink),
+        ("net.pt", lambda p: p.write_bytes(b"")),
+        ("net.pt", lambda p: (p.unlink(), p.mkdir())),
+        ("result.json", Path.unlink),
+        ("result.json", lambda p: p.write_text("")),
+        ("result.json", lambda p: p.write_text("{}")),
+        ("result.json", lambda p: p.write_bytes(p.read_bytes()[:200])),
+        ("result.json", lambda p: p.write_bytes(p.read_bytes().replace(b"metrics", b"metrids"))),
+        ("result.json", lambda p: rewritten(p, metrics={"test/acc": 9})),
+        ("result.json", lambda p: rewritten(p, metrics={"test/acc": "x"})),
+        ("result.json", lambda p: rewritten(p, files={})),
+        ("result.json", lambda p: rewritten(p, float_id="ff")),
+    ],
+)
+def test_a_damaged_float_network_is_trained_again(tmp_path: Path, name: str, damage: Any) -> None:
+    """Without it, every run of a float network starts from other weights than it says, or none can be made any more."""
+    store = Store(tmp_path / "runs")
+    before = go(store, "ptq", bits="w8a8")
+    (folder,) = (store.root / "float").iterdir()
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    damage(folder / name)
+    record = go(store, "lsq")
+    assert record["status"] == "done", record["reason"]
+    (note,) = record["provenance"]["notes"]
+    assert note.startswith(str(folder / name))
+    assert note.endswith("; the float network is trained again")
+    assert record["provenance"]["float"] == before["provenance"]["float"], "the same seeds give the same weights"
+    assert {path.name for path in folder.iterdir()} == whole.keys()
+    assert (folder / "net.pt").read_bytes() == whole["net.pt"]
+    assert "notes" not in go(store, "dorefa")["provenance"]
+
+
+@pytest.mark.parametrize("damage", [flip, other_weights, Path.unlink, lambda p: p.write_bytes(b"")])
+def test_best_weights_that_are_gone_are_not_the_last_ones(tmp_path: Path, plugins: Path, damage: Any) -> None:
+    """Without it, the last epoch's weights are measured and recorded as the best epoch's."""
+    whole, killed = Store(tmp_path / "whole"), Store(tmp_path / "killed")
+    once = go(whole, "fickle", epochs=3, selection="best")
+    go(killed, "fickle", epochs=3, selection="best")
+    folder = killed.path(once["run_id"])
+    (folder / "result.json").unlink()
+    damage(folder / "best.pt")
+    again = go(killed, "fickle", epochs=3, selection="best")
+    assert again["metrics"] == once["metrics"]
+    (note,) = again["provenance"]["notes"]
+    assert note.startswith(str(folder / "best.pt"))
+    assert note.endswith("; the training starts over")
+
+
+def test_a_run_killed_before_its_best_weights_were_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it, a kill between checkpoint and best weights loses the epoch, or the selection takes another one's."""
+    whole, killed = Store(tmp_path / "whole"), Store(tmp_path / "killed")
+    once = go(whole, "lsq", epochs=1, selection="best")
+    real = fit_module.save
+
+    def dies(path: Path, value: Any) -> None:
+        if path.name == "best.pt":
+            raise KeyboardInterrupt
+        real(path, value)
+
+    monkeypatch.setattr(fit_module, "save", dies)
+    with pytest.raises(KeyboardInterrupt):
+        go(killed, "lsq", epochs=1, selection="best")
+    monkeypatch.undo()
+    assert not (killed.path(once["run_id"]) / "best.pt").exists()
+    again = go(killed, "lsq", epochs=1, selection="best")
+    assert again["metrics"] == once["metrics"]
+    assert "notes" not in again["provenance"]
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "best.pt", "result.json"])
+@pytest.mark.parametrize("damage", [flip, Path.unlink, lambda p: p.write_bytes(b""), lambda p: (p.unlink(), p.mkdir())])
+def test_a_damaged_run_is_not_loaded(tmp_path: Path, name: str, damage: Any) -> None:
+    """Without it, an export or a probe is of other weights than the number beside it, or ends in a traceback."""
+    store = Store(tmp_path / "runs")
+    record = go(store, "lsq", selection="best")
+    path = store.path(record["run_id"]) / name
+    damage(path) if name != "result.json" or damage is not flip else path.write_bytes(b" " + path.read_bytes())
+    with pytest.raises(UserError) as told:
+        load_run(store, record["run_id"])
+    assert "\n" not in str(told.value)
+    assert str(path) in str(told.value) or (name == "result.json" and "there is no run" in str(told.value))
+
+
+def test_a_run_that_did_not_train_is_loaded_from_its_own_start(tmp_path: Path) -> None:
+    """Without it, a network that was made again on another machine is taken for the one that was measured."""
+    store = Store(tmp_path / "runs")
+    record = go(store, "ptq", bits="w8a8")
+    (folder,) = (store.root / "float").iterdir()
+    other_weights(folder / "net.pt")
+    digest = hashlib.sha256((folder / "net.pt").read_bytes()).hexdigest()
+    rewritten(folder / "result.json", files={"net.pt": digest})
+    with pytest.raises(UserError, match=r"net\.pt was made again since, with other weights"):
+        load_run(store, record["run_id"])
+
+
+@pytest.mark.parametrize("name", ["", "log.txt"])
+def test_what_is_in_the_way_of_a_run_is_named(tmp_path: Path, name: str) -> None:
+    """Without it, a file in a folder's place, or a folder in a file's, is a traceback."""
+    store = Store(tmp_path / "runs")
+    resolved = resolve(RunSpec(method="ptq", **TINY), data_root=None, cache=store.cache)
+    place = store.path(resolved.run_id) / name if name else store.path(resolved.run_id)
+    place.mkdir(parents=True) if name else place.write_text("")
+    with pytest.raises(UserError, match=f"{re.escape(str(place))} is in the way of a (file|folder); move it"):
+        run(resolved, store, wandb=False)
+
+
+def test_code_that_changed_since_the_run_was_named_is_refused(tmp_path: Path, plugins: Path) -> None:
+    """Without it, a worker that is started again runs a changed plugin under the hash of the old one."""
+    store = Store(tmp_path / "runs")
+    resolved = resolve(RunSpec(method="fickle", **TINY), data_root=None, cache=store.cache)
+    del registry._files[plugins]
+    plugins.write_text(plugins.read_text() + "\n")
+    registry.load_file(plugins)
+    with pytest.raises(UserError, match="the code of method fickle has changed since the run was named"):
+        run(resolved, store, wandb=False)
+    assert store.records() == []
+
+
 # Failure
 
 
@@ -451,12 +591,20 @@ def test_record_is_whole(tmp_path: Path, method: str) -> None:
         "per_class",
         "cost",
         "time",
+        "files",
         "provenance",
         "wandb",
     }
-    assert (record["schema"], record["status"], record["reason"]) == (1, "done", None)
+    assert (record["schema"], record["status"], record["reason"]) == (SCHEMA, "done", None)
     assert plain(record)
-    assert json.loads((store.path(record["run_id"]) / "result.json").read_text()) == record
+    kept = json.loads((store.path(record["run_id"]) / "result.json").read_text())
+    assert re.fullmatch(r"[0-9a-f]{64}", kept.pop("digest"))
+    assert kept == record
+    trained = [] if method == "ptq" else ["last.ckpt"]
+    folder = store.path(record["run_id"])
+    assert record["files"] == {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in trained}
+    float_id, digest = record["provenance"]["float"].values()
+    assert digest == hashlib.sha256((store.float_path(float_id) / "net.pt").read_bytes()).hexdigest()
     assert set(record["spec"]) == set(RunSpec.model_fields)
     domains = ("left", "right")
     for split in ("test", "val"):

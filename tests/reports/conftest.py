@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from qatbench.bench.store import Store
+from qatbench.bench.disk import write_json
+from qatbench.bench.spec import content_hash
+from qatbench.bench.store import SCHEMA, Store
 
 DOMAINS = ("scanned", "blended", "fonts")
 FIDELITY = {"fp32": "baseline", "ptq": "baseline", "fqat": "reconstruction"}
@@ -22,8 +22,8 @@ def make_record(method: str, bits: str, seed: int, accuracies: tuple[float | Non
     weights = int(bits[1:].split("a")[0])
     size = 78_000 * (weights + 0.13) / 8
     record = {
-        "schema": 1,
-        "run_id": hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16],
+        "schema": SCHEMA,
+        "run_id": "",
         "status": "done",
         "reason": None,
         "spec": spec,
@@ -62,23 +62,27 @@ def make_record(method: str, bits: str, seed: int, accuracies: tuple[float | Non
         record["time"] |= {"train_s": 61.0, "step_ms": 18.2, "images_per_s": 3500, "peak_rss_mb": 900, "wall_s": 70.0}
     for name, value in changes.items():
         record[name] = record[name] | value if isinstance(record[name], dict) else value
-    return record
+    return named(record)
+
+
+def named(record: dict) -> dict:
+    """The record, under the run id that its spec, code and data stand for."""
+    parts = {"spec": record["spec"], **{k: record["provenance"].get(k) for k in ("code", "data")}}
+    return record | {"run_id": content_hash(parts)}
 
 
 def put(store: Store, record: dict) -> Path:
-    """Write a record as it lies in a store; by hand, not by the store's own code."""
+    """Write a record as it lies in a store; sealed by its digest, but not by the store's own code."""
+    record = named(record)
     folder = store.root / record["run_id"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").write_text(json.dumps(record))
+    write_json(folder / "result.json", record)
     return folder
 
 
 def put_suite(store: Store, name: str, records: list[dict], seeds: list[int], absent: tuple[str, ...] = ()) -> None:
     """Write a suite's manifest, with some runs that have no record."""
-    folder = store.root / "suites"
-    folder.mkdir(parents=True, exist_ok=True)
-    manifest = {"schema": 1, "suite": {"name": name, "seed": seeds}, "run_ids": [r["run_id"] for r in records]}
-    (folder / f"{name}.json").write_text(json.dumps(manifest | {"run_ids": [*manifest["run_ids"], *absent]}))
+    manifest = {"schema": SCHEMA, "suite": {"name": name, "seed": seeds}, "run_ids": [r["run_id"] for r in records]}
+    write_json(store.root / "suites" / f"{name}.json", manifest | {"run_ids": [*manifest["run_ids"], *absent]})
 
 
 @pytest.fixture

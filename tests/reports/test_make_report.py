@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import html.parser
-import io
 import itertools
 import os
 import re
@@ -19,7 +18,7 @@ import pytest
 from qatbench.bench.errors import UserError
 from qatbench.reports.figure import _spread, _ticks, _unspread, accuracy_figure
 from qatbench.reports.leaderboard import leaderboard
-from qatbench.reports.render import _md, _md_code, percent, terminal_table, to_csv
+from qatbench.reports.render import _md, _md_code, percent, terminal_table
 from qatbench.reports.report import make_report
 from rich.console import Console
 
@@ -181,57 +180,14 @@ def test_csv_reads_back_equal(filled):
     assert len(pd.read_csv(paths.runs)) == len(runs)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "=1+1",
-        '=HYPERLINK("http://evil","x")',
-        "+cmd|' /C calc'!A0",
-        "-2+3",
-        "@SUM(A1)",
-        "\t=1",
-        "  =1",
-        "\uff1d1",
-        "\n=1",
-    ],
-)
-def test_a_text_is_no_formula(text):
-    """Fails if a spreadsheet executed what a record, a plugin or a folder is called."""
-    name, value = (
-        next(csv.reader(io.StringIO(to_csv([{text: text}])))),
-        [*csv.reader(io.StringIO(to_csv([{"a": text}])))][1],
-    )
-    assert name == value == [f"'{text}"]
-
-
-def test_numbers_are_no_formulas():
-    """Fails if the files for machines changed a number, or a text that is none."""
-    row = {
-        "a": -0.1,
-        "b": "-0.1",
-        "c": "+1e-3",
-        "d": -3,
-        "e": None,
-        "f": "lsq w4a4",
-        "g": "a=1",
-        "h": True,
-        "i": "–",
-        "j": "−0.5",
-    }
-    written = next(csv.DictReader(io.StringIO(to_csv([row]))))
-    assert written == {key: "" if value is None else str(value) for key, value in row.items()}
-
-
-def test_formulas_in_a_store_stay_texts(store, record, write):
-    """Fails if a reason or a setting of a record went into the files as a formula."""
-    write(store, record("lsq", "w4a4", 0, None) | {"reason": '=HYPERLINK("http://evil")'})
-    write(store, record("lsq", "w4a4", 1, (0.9, 0.9, 0.9)))
-    paths = make_report(store, None, None, COMMAND)
-    cells = [
-        cell for path in (paths.csv, paths.runs) for row in csv.reader(io.StringIO(path.read_text())) for cell in row
-    ]
-    assert not [cell for cell in cells if cell.startswith(("=", "+", "@"))]
-    assert any(cell.startswith("'=HYPERLINK") for cell in cells)
+def test_runs_of_unequal_starts_and_devices_are_told(store, record, write, tmp_path):
+    """Fails if a difference between two machines, or between two float networks, passed for one between methods."""
+    for method, digest, device in (("lsq", "aa", "cpu"), ("pact", "aa", "cpu"), ("fp32", "bb", "NVIDIA H200")):
+        start = {"float": {"id": "f10a7", "sha256": digest}, "device": device}
+        write(store, record(method, "w4a4", 0, (0.9, 0.8, 0.7), provenance=start))
+        text = make_report(store, None, tmp_path / method, "qatbench report").markdown.read_text()
+        assert ("start from unequal weights" in text) == ("float networks f10a7" in text) == (method == "fp32")
+        assert ("on different devices" in text) == (method == "fp32")
 
 
 def test_a_store_of_failures_is_still_a_report(store, record, write):

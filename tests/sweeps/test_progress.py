@@ -7,11 +7,12 @@ import re
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from qatbench.bench.errors import UserError
 from qatbench.bench.resolve import Resolved
-from qatbench.bench.spec import RunSpec
+from qatbench.bench.spec import RunSpec, content_hash
 from qatbench.bench.store import Store
 from qatbench.sweeps.progress import Active, Clock, LiveProgress, Progress, clock, plan_table
 from qatbench.sweeps.status import Entry, status
@@ -143,14 +144,14 @@ def test_status_of_a_suite_from_the_store_alone(tmp_path):
     store = Store(tmp_path)
     with pytest.raises(UserError, match="suite 'quick' was never launched on store"):
         status("quick", store)
-    ids = ["a", "b", "c", "d", "e"]
-    names = {i: f"label {i}" for i in ids}
+    spec: dict[str, Any] = {"spec": {"method": "lsq"}}
+    ids = [content_hash({**spec, "code": None, "data": None}), "b", "c", "d", "e"]
+    names = dict(zip(ids, ["label a", "label b", "label c", "label d", "label e"], strict=True))
     store.write_suite(
         "quick",
         {"suite": {}, "run_ids": ids, "labels": names, "skips": {"c": "no"}, "command": "cmd", "float_ids": ["f", "g"]},
     )
-    spec = {"spec": {"method": "lsq"}}
-    store.write({"run_id": "a", "status": "done", **spec, "time": {"wall_s": 30.0}})
+    store.write({"run_id": ids[0], "status": "done", **spec, "time": {"wall_s": 30.0}})
     store.write({"run_id": "b", "status": "failed", "reason": "diverged", **spec})
     with store.lock("d"), store.lock("float-f"):
         found = []
