@@ -149,16 +149,17 @@ class LDAMDRW(HeadWrapper):
         counts = self.task.class_sizes
         self.register_buffer("margin", margins(counts, self.params.max_m), persistent=False)
         self.register_buffer("weight", class_balanced(counts, self.params.beta), persistent=False)
-        self._measure(net)
+        self.measure(net)
 
-    def _measure(self, net: nn.Module) -> None:
+    def measure(self, net: nn.Module) -> None:
+        """Note the norms of the head's rows as they are now."""
         head = net.get_submodule(self.head)
         assert isinstance(head, CosineHead)
         head.measure()
 
     def after_update(self, run: Run) -> None:
         """The head's norms follow its weight."""
-        self._measure(run.net)
+        self.measure(run.net)
 
     @property
     def deferred(self) -> bool:

@@ -16,7 +16,8 @@ from ..bench.errors import RunFailed
 from ..bench.method import Run, Stage, Wrapper
 from ..bench.quant.layer import BATCH_NORMS
 from ..bench.spec import Frozen
-from .tau_norm import evaluating
+from .ldam_drw import LDAMDRW
+from .tau_norm import TauNorm, evaluating
 
 log = logging.getLogger("qatbench")
 
@@ -108,13 +109,15 @@ class SWAD(Wrapper):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
 
     def start(self, run: Run, stage: Stage) -> None:
-        """Refuses what leaves it nothing to choose by, or chooses after it."""
+        """Refuses what leaves it nothing to choose by, or chooses after it. A later stage, e.g. ``crt``'s, begins anew."""
         if not run.method.data.val_domains:
             raise RunFailed("swad looks at the loss on validation images, and this split has none; give it some (val)")
         if self.spec.selection != "last":
             raise RunFailed(
                 f"swad chooses the weights itself, so selection={self.spec.selection} cannot; use selection=last"
             )
+        self.looked.zero_()
+        self.averaged.zero_()
 
     def epoch_start(self, run: Run) -> None:
         """A new mean."""
@@ -170,6 +173,9 @@ class SWAD(Wrapper):
                     self.scope.domain, self.scope.labels, self.scope.track = batch.domain, None, False
                     with self._autocast():
                         run.net(batch.x)
+        for member in run.method.members:
+            if isinstance(member, LDAMDRW | TauNorm):  # what they note of the head is of other weights
+                member.measure(run.net)
 
 
 def averaged_state(net: nn.Module) -> list[Tensor]:

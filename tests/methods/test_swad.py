@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qatbench.bench.errors import RunFailed
-from qatbench.bench.method import Method
-from qatbench.bench.testing import Loop, MethodContract, ready, train
+from qatbench.bench.method import Method, Run
+from qatbench.bench.testing import Loop, MethodContract, all_train, logits, ready, train
 from qatbench.methods.swad import SWAD, averaged_state, flat, load_flat, valley
 from torch import Tensor, nn
 
@@ -120,6 +120,17 @@ def test_the_network_ends_with_the_mean_of_every_step(
     torch.testing.assert_close(flat(method.net)[mask], expected[mask], rtol=1e-4, atol=1e-6)
 
 
+def test_a_later_stage_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The classifier that ``crt`` draws anew would be averaged with the one that it has thrown away."""
+    spy = Spy(monkeypatch, [1.0] * 4)
+    method, data = ready("swad+crt+lsq", epochs=4, params={"swad": {"converged": 1, "patience": 2}})
+    first = method.stages(4)[0].epochs
+    assert 0 < first < 4
+    train(method, data, tmp_path)
+    mask, expected = others_than_norms(method.net), mean_of(spy.weights[first:])
+    torch.testing.assert_close(flat(method.net)[mask], expected[mask], rtol=1e-4, atol=1e-6)
+
+
 def test_norms_are_measured_with_the_mean(tmp_path: Path) -> None:
     """The mean of the weights would be used with the statistics of other weights: far off, most of all after few steps."""
     method, data = ready("swad+lsq", epochs=2)
@@ -136,6 +147,17 @@ def test_norms_are_measured_with_the_mean(tmp_path: Path) -> None:
     torch.testing.assert_close(norm.running_mean, torch.stack(seen).mean(0), rtol=1e-4, atol=1e-5)
     assert norm.momentum == 0.1
     assert not norm.training
+
+
+@pytest.mark.parametrize("inner", ["ldam-drw", "tau-norm"])
+def test_what_is_noted_of_the_head_is_of_the_mean(inner: str, tmp_path: Path) -> None:
+    """What is exported would divide by the norms of other rows than it has."""
+    method, data = ready(f"swad+{inner}+lsq", epochs=2)
+    train(method, data, tmp_path)
+    method.eval()
+    batch = all_train(data)
+    shipped = method.deploy(Run(method))
+    torch.testing.assert_close(logits(method, shipped, batch), logits(method, method.net, batch), rtol=1e-3, atol=1e-3)
 
 
 def test_a_network_without_batchnorm(tmp_path: Path) -> None:
