@@ -41,22 +41,26 @@ class ChannelStep(Quantizer):
         """The steps, float [O, 1, ..], broadcastable to the weight that was met last."""
         return self.steps.view(-1, *[1] * (self._rank - 1))
 
+    def _step(self, x: Tensor) -> Tensor:
+        """`step`; the largest for a tensor of another number of channels than the layer's, which no network has."""
+        self._rank = x.ndim
+        return self.step if len(x) == len(self.steps) else self.steps.amax()
+
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
         """``2 <|w|> / sqrt(Q_P)`` of each channel; 1 where a filter is zero."""
-        mean = x.detach().float().abs().flatten(1).mean(1)
+        size = x.detach().float().abs().reshape(len(x), -1)
+        mean = size.mean(1) if len(x) == len(self.steps) else size.mean()
         self.steps.copy_(torch.where(mean > 0, 2 * mean / math.sqrt(self.qmax), 1.0))
         self.smallest.copy_(SMALLEST_SHARE * self.steps)
 
     def quantize(self, x: Tensor) -> Tensor:
         """See `round_to_grid`."""
-        self._rank = x.ndim
-        return round_to_grid(x, self.step, self, scale=self.grad_scale)
+        return round_to_grid(x, self._step(x), self, scale=self.grad_scale)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Decode]:
         """Codes from ``qmin`` to ``qmax``."""
-        self._rank = x.ndim
-        return grid_codes(x, self.step, self)
+        return grid_codes(x, self._step(x), self)
 
     def constants(self) -> int:
         """The steps."""

@@ -46,8 +46,8 @@ class QTDoG(Wrapper):
     In the published trainer the layers that are put in when quantization starts are not in the optimizer: their weights and steps
     stand still from then on, but for what is left of Adam's momentum, and only norms and the float classifier go on. Here they
     train; ``train_quantized=False`` is the published trainer. Which of the two the paper's numbers are of is not known.
-    Measured once (optdigits, w4a32, ResNet-8, ten epochs, two seeds; float networks of 71.8 and 58.2 %): 83.1 and 67.1 %, where they
-    stand still 79.0 and 63.5 %; with SWAD 83.6 % (the first seed).
+    Measured once (optdigits, w4a32, ResNet-8, ten epochs, two seeds; float networks of 71.8 and 58.2 %): 83.1 and 67.1 %; 79.0 and
+    63.5 % where they stand still; with SWAD 83.6 % (the first seed).
 
     Inputs stay in float, whatever the run asks: w4a4 is run, and recorded, as w4a32; a ``plan`` that gives inputs fewer bits is
     refused. The published runs freeze the norms' statistics and use Adam at 5e-5 without decay; here both are
