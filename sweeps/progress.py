@@ -271,8 +271,8 @@ def plan_table(entries: Sequence[Entry], retry_failed: bool) -> Table:
         table.add_column(name, style="dim" if name == "skipped" else None)
     cells: defaultdict[str, list[tuple[str, Entry]]] = defaultdict(list)
     for entry in entries:
-        cell, seed = entry.label.rsplit(" s", 1)
-        cells[cell].append((seed, entry))
+        cell, _, seed = entry.label.rpartition(" s")
+        cells[cell or entry.label].append((seed if cell else "?", entry))  # a manifest need not have labels as ours
     for cell, runs in cells.items():
         row, why = defaultdict(list), defaultdict(set)
         for seed, e in runs:

@@ -139,6 +139,14 @@ def test_plan_table():
         assert lines == ["cell to run done failed skipped", line, "gab w4a4 s0: needs two domains"]
 
 
+@pytest.mark.parametrize("label", ["", "none", " s", "s0", "0123456789abcdef"])
+def test_a_plan_of_labels_that_name_no_seed(label):
+    """`status` of a manifest from elsewhere would be a traceback."""
+    out = console(terminal=False)
+    out.print(plan_table([Entry("1", label, "left")], retry_failed=False))
+    assert "s?" in out.file.getvalue()
+
+
 def test_status_of_a_suite_from_the_store_alone(tmp_path):
     """`status` would need the data, or forget why runs failed or were skipped."""
     store = Store(tmp_path)
