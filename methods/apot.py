@@ -6,7 +6,7 @@ import itertools
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..bench.method import Method
@@ -14,6 +14,7 @@ from ..bench.quant import Decode, Quantizer, Scope, UniformQuantizer
 from ..bench.quant.grid import grid_gradients
 from ..bench.site import Site
 from ..bench.spec import Frozen
+from .pact import start_is_given
 
 SMALLEST_CLIP = 1e-6
 SMALLEST_STD = 1e-37  # of a weight; still a normal float32
@@ -153,7 +154,7 @@ class NormalizedPowers(AdditivePowers):
     def _normalized(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """The weight with mean 0 and variance 1, and its scale (scalar): std or 1."""
         exact = w.detach().double()  # the square of a large float32 is not finite
-        std = exact.std(correction=0).to(w.dtype)
+        std = exact.std().nan_to_num().to(w.dtype)  # unbiased, as in the authors' code; NaN of a single weight
         std = torch.where(std > SMALLEST_STD, std, 1.0)  # all weights may be alike
         return (w - exact.mean().to(w.dtype)) / std, std if self.scale == "std" else torch.ones_like(std)
 
@@ -177,13 +178,15 @@ class APoT(Method):
     constant. Before a norm both forms train alike: the gradients of weight and alpha come out the same, too. The mean is not added
     again in either: 0 stays a level, and to a classifier's logits it would only add one number. ``scale="none"``: the code's form.
 
-    First and last layer: their weights of 8 bits are uniform, as in the code, which leaves the input of the first in float; here
-    an input with negative values has levels of both signs. Start: the code goes from float to 4 to 3 to 2 bits, each from the one
-    before; here every width starts from the float network, whose activations may be far below alpha: see ``init``. Widths of 7 and
-    8 bits, which the paper does not have, follow `power_sets`.
+    First and last layer: their weights of 8 bits are uniform, as in the code, which leaves the inputs of both in float; here they
+    have the run's bits, and an input with negative values has levels of both signs. Start: the code goes from float to 4 to 3 to 2
+    bits, each from the one before; here every width starts from the float network, whose activations may be far below its alpha of
+    8, so that alpha starts at a fit to the probe (``init="paper"``: at ``alpha``). Widths of 7 and 8 bits, which the paper does not
+    have, follow `power_sets`.
     """
 
     name = "apot"
+    version = 2  # 2: the range of activations starts at a fit to the probe; the unbiased deviation of weights
     paper = "Li, Dong and Wang, Additive powers-of-two quantization, ICLR 2020, arXiv 1909.13144"
     fidelity = "paper"
 
@@ -196,13 +199,17 @@ class APoT(Method):
         weight_alpha: float = Field(
             3.0, gt=0, le=100, description="starting range of the weights, in standard deviations"
         )
-        init: Literal["paper", "fit"] = Field("paper", description="activations' range: alpha, or fit to the probe")
+        init: Literal["paper", "fit"] = Field(
+            "fit", description="activations' range: fit to the probe, or alpha; paper where alpha is given"
+        )
         scale: Literal["std", "none"] = Field(
             "std", description="std: weights keep their scale; none: they have variance 1, the paper"
         )
 
-    # On small images no activation may reach the usual starting value within a few steps.
-    test_params = {"alpha": 2.0}  # noqa: RUF012
+        @model_validator(mode="before")
+        @classmethod
+        def _alpha_is_meant(cls, values: Any) -> Any:
+            return start_is_given(values)
 
     def weight_quantizer(self, bits: int, site: Site, scope: Scope) -> Quantizer:
         """Normalized; uniform in a first or last layer of 8 bits."""

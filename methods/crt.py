@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -11,6 +12,7 @@ from torch import nn
 from ..bench.errors import RunFailed
 from ..bench.method import Run, Stage, Wrapper
 from ..bench.quant import QuantLayer, Scope
+from ..bench.quant.layer import BATCH_NORMS
 from ..bench.seeds import seed_for
 from ..bench.site import Site
 from ..bench.spec import Frozen
@@ -46,9 +48,11 @@ class HeadWrapper(Wrapper):
 class CRT(HeadWrapper):
     """Classifier re-training (Kang et al. 2020, arXiv 1910.09217) around any method that trains.
 
-    First the inner method's training; then the head starts anew and is trained alone, each class equally often. Meanwhile nothing
-    else moves: no parameter has a gradient, norms and quantizers are in eval mode. The head's weight quantizer is fitted to the new
-    weights, since its step was learned for others; the head's input quantizer is the head's, and learns on.
+    First the inner method's training; then the head starts anew and is trained alone, each class equally often. Meanwhile no other
+    parameter moves, and norms and quantizers are in eval mode. The authors' code keeps the frozen network in training mode, so that
+    norms take each batch's statistics, and the running ones drift to class-balanced images: ``norms="train"``. The head's weight
+    quantizer is fitted to the new weights, since its step was learned for others; the head's input quantizer is the head's, and
+    learns on.
 
     Departure: the paper adds 10 epochs to a full training. Here all methods have the same epochs, so the second stage takes a share
     of them; a run of one epoch has none. Inner methods that go by the length of training count both stages. A loss that makes up
@@ -70,6 +74,9 @@ class CRT(HeadWrapper):
             0.2, gt=0, lt=1, description="of the epochs for the classifier alone; at least one of each kind"
         )
         lr: float = Field(1.0, gt=0, le=100, description="factor on the learning rate while the classifier trains")
+        norms: Literal["eval", "train"] = Field(
+            "eval", description="mode of the frozen network's norms meanwhile; train: as in the authors' code"
+        )
 
     def stages(self, epochs: int) -> list[Stage]:
         """The inner method's, shortened, and ``classifier``."""
@@ -100,11 +107,12 @@ class CRT(HeadWrapper):
             run.opt.state.pop(parameter, None)
 
     def epoch_start(self, run: Run) -> None:
-        """In the second stage, all but the head in eval mode: running statistics stay."""
+        """In the second stage, all but the head in eval mode, so that running statistics stay; or all but head and norms."""
         if self.classifier_alone:
-            head = set(run.net.get_submodule(self.head).modules())
+            learns = set(run.net.get_submodule(self.head).modules())
+            norms = BATCH_NORMS if self.params.norms == "train" else ()
             for module in run.net.modules():
-                module.training = module in head
+                module.training = module in learns or isinstance(module, norms)
 
     def frozen(self, run: Run) -> Collection[nn.Parameter]:
         """In the second stage, all but the head."""

@@ -67,8 +67,13 @@ class DoReFa(Method):
 
     Departures: the paper trains from scratch and leaves the weights' scale at 1; here training starts from a float network, whose
     layers without a norm of their own (the classifier) would change scale, so m is ``max|tanh(w)|`` as in the most used public code
-    (``scale="none"``: the paper). The paper leaves the first layer's input in float; where the run's ``first_last`` asks for bits
-    and the input has negative values, which [0, 1] would cut off, it is quantized to the range of the probe.
+    (``scale="none"``: the paper). Its gradient is another one: m is a constant in both, but that code takes the divisor
+    ``2 max|tanh(w)|`` for one, too, while here the gradient goes through it, as in Eq. 9 and in tensorpack, which adds a part at
+    the largest weight. Before a norm nothing is lost by that; in the classifier this part has no counterpart in m.
+
+    The paper leaves the first layer's input in float; where the run's ``first_last`` asks for bits and the input has negative
+    values, which [0, 1] would cut off, it is quantized to the range of the probe. Activations of a network that was not trained
+    within [0, 1] lose what lies above: ``act_range="fit"`` has the range with the least squared error instead.
     """
 
     name = "dorefa"
@@ -83,11 +88,16 @@ class DoReFa(Method):
         scale: Literal["max", "none"] = Field(
             "max", description="max: weights keep the scale of tanh(w); none: [-1, 1], the paper"
         )
+        act_range: Literal["unit", "fit"] = Field(
+            "unit", description="range of the activations: [0, 1], the paper, or fit to the probe and fixed"
+        )
 
     def weight_quantizer(self, bits: int, site: Site, scope: Scope) -> Quantizer:
         """Through tanh."""
         return TanhWeight(bits, site, scope, self.params.scale)
 
     def act_quantizer(self, bits: int, site: Site, scope: Scope) -> Quantizer:
-        """Clipped to [0, 1]."""
+        """Clipped to [0, 1], unless the range is fitted."""
+        if self.params.act_range == "fit":
+            return UniformQuantizer(bits, site, scope, site.signed_input, "mse")
         return UniformQuantizer(bits, site, scope, True) if site.signed_input else UnitActivation(bits, site, scope)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ..bench.method import Method
-from ..bench.quant import Decode, Quantizer, Scope, grid_codes, redo_grid, round_to_grid
+from ..bench.quant import Decode, Quantizer, Scope, closest_step, grid_codes, redo_grid, round_to_grid
 from ..bench.site import Site
 from ..bench.spec import Frozen
 from .dorefa import TanhWeight
@@ -26,10 +27,12 @@ class LearnedClip(Quantizer):
 
     groups = {"alpha": (1.0, None)}  # noqa: RUF012  the paper decays alpha as it decays the weights (sec. 3.2)
 
-    def __init__(self, bits: int, site: Site, scope: Scope, signed: bool, init: float) -> None:
+    def __init__(
+        self, bits: int, site: Site, scope: Scope, signed: bool, init: float, rule: Literal["fit", "paper"] = "paper"
+    ) -> None:
         super().__init__(bits, site, scope, signed)
         self.qmin = -self.qmax if signed else 0  # symmetric
-        self.init = init
+        self.init, self.rule = init, rule
         self.alpha = nn.Parameter(torch.tensor(init))
 
     @property
@@ -39,8 +42,11 @@ class LearnedClip(Quantizer):
 
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
-        """The paper's large starting value, whatever the data."""
-        self.alpha.fill_(self.init)
+        """``rule="fit"``: the range with the least squared error on ``x``; the paper: one large value, whatever the data."""
+        if self.rule == "fit" and bool(x.any()):
+            self.alpha.copy_(closest_step(x, self.qmin, self.qmax) * self.qmax)
+        else:
+            self.alpha.fill_(self.init)
 
     def quantize(self, x: Tensor) -> Tensor:
         """On the grid of alpha / n. The gradient of the step alpha / n, n where x is clipped, is alpha's by the chain rule."""
@@ -62,10 +68,14 @@ class LearnedClip(Quantizer):
 class PACT(Method):
     """PACT (Choi et al. 2018, arXiv 1805.06085): a learned clipping level a layer, weight-decayed; weights by DoReFa.
 
-    Departure: the weights keep the scale of tanh(w), as `DoReFa` explains.
+    Departures: the weights keep the scale of tanh(w), as `DoReFa` explains. The paper trains from scratch for hundreds of epochs,
+    in which alpha comes down from 8 or 10; here training starts from a float network and is short, activations may be far below
+    such a value, and alpha, which has a gradient only where an input is clipped, would then stay where it is. So it starts at the
+    range with the least squared error on the probe (``init="paper"``: at ``alpha``).
     """
 
     name = "pact"
+    version = 2  # 2: alpha starts at a fit to the probe
     paper = "Choi et al., PACT: parameterized clipping activation, 2018, arXiv 1805.06085"
     fidelity = "paper"
     first_last = "fp"
@@ -73,12 +83,17 @@ class PACT(Method):
     class Params(Frozen):
         """Settings of PACT."""
 
+        init: Literal["fit", "paper"] = Field(
+            "fit", description="start of the clipping level: fit to the probe, or alpha; paper where alpha is given"
+        )
         alpha: float = Field(
             8.0, gt=0, le=1000, description="starting value of the clipping level; the paper's figure has 10"
         )
 
-    # On small images no activation may reach the usual starting value within a few steps; alpha would get a zero gradient.
-    test_params = {"alpha": 1.0}  # noqa: RUF012
+        @model_validator(mode="before")
+        @classmethod
+        def _alpha_is_meant(cls, values: Any) -> Any:
+            return start_is_given(values)
 
     def weight_quantizer(self, bits: int, site: Site, scope: Scope) -> Quantizer:
         """DoReFa's."""
@@ -86,4 +101,11 @@ class PACT(Method):
 
     def act_quantizer(self, bits: int, site: Site, scope: Scope) -> Quantizer:
         """Clipped at alpha."""
-        return LearnedClip(bits, site, scope, site.signed_input, self.params.alpha)
+        return LearnedClip(bits, site, scope, site.signed_input, self.params.alpha, self.params.init)
+
+
+def start_is_given(values: Any) -> Any:
+    """Settings in which a start ``alpha`` without a word on ``init`` is the one that is taken."""
+    if isinstance(values, Mapping) and "alpha" in values and "init" not in values:
+        return {**values, "init": "paper"}
+    return values

@@ -6,7 +6,7 @@ from .cost import cost
 from .grid import grid_codes, redo_grid, round_to_grid
 from .layer import IntegerLayer, QuantLayer, audit, calibrate, deployed, quant_layers, swap
 from .quantizer import Decode, Quantizer, Scope, snap
-from .uniform import UniformQuantizer, round_ste
+from .uniform import UniformQuantizer, closest_step, round_ste
 
 __all__ = [
     "Bits",
@@ -21,6 +21,7 @@ __all__ = [
     "UniformQuantizer",
     "audit",
     "calibrate",
+    "closest_step",
     "cost",
     "deployed",
     "grid_codes",

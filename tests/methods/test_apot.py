@@ -169,7 +169,7 @@ def test_weight_gradients_are_the_specs(bits: int, scale: str) -> None:
     leaf = w.clone().requires_grad_()
     out = quantizer(leaf)
     out.backward(grad)
-    std = w.std(correction=0)
+    std = w.std()
     factor = std if scale == "std" else torch.ones_like(std)
     value, grad_w, grad_alpha = textbook((w - w.mean()) / std, float(quantizer.alpha.detach()), bits, True, False, grad)
     torch.testing.assert_close(out.detach(), value * factor, rtol=1e-6, atol=1e-7)
@@ -182,7 +182,7 @@ def test_two_bit_weights_are_ternary() -> None:
     quantizer = weight(2, "none", alpha=1.5)
     w = torch.randn(4000, generator=torch.Generator().manual_seed(0)) * 0.3
     assert quantizer(w).unique().tolist() == [-1.5, 0.0, 1.5]
-    u = (w - w.mean()) / w.std(correction=0)
+    u = (w - w.mean()) / w.std()
     assert torch.equal(quantizer(w) != 0, u.abs() >= 0.75)
 
 
@@ -273,8 +273,12 @@ def test_a_negative_alpha_is_brought_back() -> None:
 
 
 def test_settings_reach_the_quantizers() -> None:
-    """A study of the settings would compare a method with itself; the default would not be the paper's start."""
-    paper, _ = ready("apot", params={})
+    """A study of the settings would compare a method with itself; a start that is given would not be taken."""
+    paper, _ = ready("apot", params={"apot": {"init": "paper"}})
+    given, _ = ready("apot", params={"apot": {"alpha": 5.0}})
+    fitted, _ = ready("apot", params={})
+    assert given.net.get_submodule("layer2.0.conv2").act_quantizer.alpha.item() == 5.0
+    assert fitted.net.get_submodule("layer2.0.conv2").act_quantizer.alpha.item() not in (5.0, 8.0)
     other, _ = ready("apot", params={"apot": {"alpha": 5.0, "weight_alpha": 2.5, "scale": "none", "init": "fit"}})
     one, two = (m.net.get_submodule("layer2.0.conv2") for m in (paper, other))
     assert (one.act_quantizer.alpha.item(), one.weight_quantizer.alpha.item(), one.weight_quantizer.scale) == (

@@ -169,6 +169,20 @@ def test_crt_second_stage_keeps_modes() -> None:
     assert method.net.head.act_quantizer.training
 
 
+def test_crt_norms_of_the_frozen_network_may_train() -> None:
+    """``norms="train"``, the authors' code, would do nothing; or parameters would move with the statistics."""
+    method, data = ready("crt+lsq", epochs=2, params={"crt": {"share": 0.5, "norms": "train"}})
+    loop, batches = Loop(method, data), list(data.train_dataloader())[:2]
+    loop.epoch(batches)
+    before = state(method)
+    loop.epoch(batches, 1)
+    assert method.net.bn1.training
+    assert not method.net.conv1.weight_quantizer.training
+    moved = {name for name in same(before, state(method)) if not name.startswith("net.head")}
+    assert moved
+    assert all("running" in name or "batches" in name for name in moved)
+
+
 class Killed(Exception):
     """Stands for the kill."""
 

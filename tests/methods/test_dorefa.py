@@ -90,3 +90,13 @@ def test_nothing_is_learned_but_weights() -> None:
     """DoReFa has no quantizer parameters; one would make it another method."""
     method, _ = ready("dorefa")
     assert not [n for n, _ in method.net.named_parameters() if "quantizer" in n]
+
+
+def test_the_range_of_activations_may_be_fitted() -> None:
+    """``act_range="fit"`` would do nothing; or the paper's [0, 1] would no longer be the default."""
+    plain, _ = ready("dorefa", bits="w2a2")
+    fitted, _ = ready("dorefa", bits="w2a2", params={"dorefa": {"act_range": "fit"}})
+    one, two = (m.net.get_submodule("layer2.0.conv2").act_quantizer for m in (plain, fitted))
+    assert one.step.item() == pytest.approx(1 / 3)
+    assert two.step.item() != pytest.approx(1 / 3)
+    assert type(two) is UniformQuantizer

@@ -80,6 +80,35 @@ def test_alpha_starts_where_params_say() -> None:
     assert values == {3.0}
 
 
+def test_alpha_starts_at_a_fit_to_the_probe() -> None:
+    """Alpha would start far above what a float network makes, where it has no gradient, and stay there: 2 bits are then 1."""
+    method, _ = ready("pact", bits="w2a2")
+    quantizers = [m for m in method.net.modules() if isinstance(m, LearnedClip)]
+    assert all(0 < q.alpha.item() < 8 for q in quantizers)
+    assert len({q.alpha.item() for q in quantizers}) > 5  # two layers may have one input
+    x = torch.randn(5000, generator=torch.Generator().manual_seed(0)).relu()
+    fitted = LearnedClip(2, SITE, Scope(), False, 8.0, "fit")
+    fitted.fit(x)
+    others = [clip(2, alpha=float(a)) for a in torch.linspace(0.2, 4, 20)]
+    best = min(float((other(x) - x).square().mean()) for other in others)
+    assert float((fitted(x) - x).square().mean()) <= 1.01 * best
+    signed = LearnedClip(3, SITE, Scope(), True, 8.0, "fit")
+    signed.fit(-x)
+    assert 0.3 < signed.alpha.item() < float(x.max())
+    signed.fit(torch.zeros(5))
+    assert signed.alpha.item() == 8.0
+
+
+@pytest.mark.parametrize(
+    ("given", "start"),
+    [({"init": "paper"}, 8.0), ({"alpha": 10.0}, 10.0), ({"init": "paper", "alpha": 2.0}, 2.0)],
+)
+def test_the_papers_start_remains(given: dict, start: float) -> None:
+    """``--set pact.alpha=10`` would be accepted, and do nothing."""
+    method, _ = ready("pact", params={"pact": given})
+    assert {p.item() for n, p in method.net.named_parameters() if n.endswith("alpha")} == {start}
+
+
 def test_weights_are_dorefas() -> None:
     """PACT's weights would be quantized by another rule than the paper's."""
     method, _ = ready("pact")

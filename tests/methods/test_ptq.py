@@ -16,6 +16,20 @@ def test_nothing_is_learned() -> None:
     assert {n for n, _ in method.net.named_parameters()} == {n for n, _ in float_net().named_parameters()}
 
 
+def test_two_bits_are_four_levels_by_default_and_by_full() -> None:
+    """The baseline would be weaker than PyTorch's own: three of four levels, from the largest weight."""
+    errors = {}
+    for rule in ("mse", "full", "minmax"):
+        params = {} if rule == "mse" else {"weight_range": rule}
+        method, _ = ready("ptq", params={"ptq": params}, bits="w2a2", first_last="same")
+        layers = [layer for _, layer in quant_layers(method.net)]
+        errors[rule] = [float((q.weight_quantizer(q.weight) - q.weight).detach().square().mean()) for q in layers]
+        codes = layers[1].weight_quantizer.encode(layers[1].weight)[0].unique().tolist()
+        assert codes == ([-1, 0, 1] if rule == "minmax" else [-2, -1, 0, 1])
+    assert all(m <= 1.001 * min(f, n) for m, f, n in zip(errors["mse"], errors["full"], errors["minmax"], strict=True))
+    assert sum(errors["full"]) < sum(errors["minmax"])
+
+
 @pytest.mark.parametrize("rule", ["minmax", "percentile"])
 def test_steps_come_from_the_probe(rule: str) -> None:
     """A setting of the range would have no effect; or every layer would be rounded to a grid that does not fit it."""
