@@ -18,6 +18,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple, cast
@@ -28,6 +29,9 @@ from .disk import locked, one_line
 from .errors import UserError
 
 CHUNK = 2**18  # bytes
+MEMBERS = 2_000_000  # of an archive; the largest data set that is known here has 1,300,000 images
+FOLDERS = 20_000
+TINY = 1_000  # files of less than 32 bytes, which no image has: each takes time and a place on the disk
 HEADER = 2**20  # bytes of a long name and the like in a tar: tarfile reads it at once, however long it says it is
 
 _DAMAGE = (  # what the readers raise on damaged bytes, besides OSError
@@ -111,8 +115,10 @@ def _unpack(archive: Path, unpacking: Path, folder: Path, most: int) -> None:
 
 def _members(file: IO[bytes], most: int) -> Iterator[tuple[PurePosixPath, _Member]]:
     """What is to be written, with its place in the folder. Of each member the header is checked before it is yielded."""
-    total = 0
+    total, counts = 0, Counter[str]()
     for member in _headers(file):
+        counts[_sort(member)] += 1
+        _check_counts(counts)
         where = PurePosixPath(member.name)
         if where.is_absolute() or ".." in where.parts or "\\" in member.name:
             raise _Unsafe(f"holds a path that could lead out of its folder: {member.name!r}")
@@ -127,6 +133,21 @@ def _members(file: IO[bytes], most: int) -> Iterator[tuple[PurePosixPath, _Membe
         made_by_macos = any(p in ("__MACOSX", ".DS_Store") or p.startswith("._") for p in where.parts)
         if where.parts and not made_by_macos:
             yield where, member
+
+
+def _sort(member: _Member) -> str:
+    return "tiny" if member.kind == "file" and member.size < 32 else member.kind
+
+
+def _check_counts(counts: Counter[str]) -> None:
+    """Refuse what would take hours to write, or all of a disk's places for files."""
+    for what, found, most in (
+        ("members", counts.total(), MEMBERS),
+        ("folders", counts["folder"], FOLDERS),
+        ("files of less than 32 bytes", counts["tiny"], TINY),
+    ):
+        if found > most:
+            raise _Unsafe(f"holds {found:,} {what}, or more; at most {most:,} are unpacked")
 
 
 def _write(target: Path, member: _Member) -> None:
@@ -167,8 +188,12 @@ def _headers(file: IO[bytes]) -> Iterator[_Member]:
 
 def _zip(file: IO[bytes]) -> Iterator[_Member]:
     with zipfile.ZipFile(file) as archive:
-        for info in archive.infolist():
-            yield _Member(info.filename, info.file_size, _zip_kind(info), lambda info=info: archive.open(info))
+        members = [
+            _Member(info.filename, info.file_size, _zip_kind(info), lambda info=info: archive.open(info))
+            for info in archive.infolist()
+        ]
+        _check_counts(Counter(map(_sort, members)))  # all are known before the first is written; a tar's are not
+        yield from members
 
 
 def _zip_kind(info: zipfile.ZipInfo) -> str:

@@ -258,19 +258,24 @@ def open_data(
     )  # fmt: skip
 
 
-def walk(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
+def walk(folder: Path, _above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[tuple[str, os.stat_result]]:
     """Every file under a folder, by its relative name, sorted; a file stands for itself.
 
     Raises:
-        UserError: Something there may not be read.
+        UserError: Something there may not be read, or a link leads back.
     """
     try:
+        here = folder.stat()
         if not folder.is_dir():
-            yield folder.name, folder.stat()
+            yield folder.name, here
             return
+        identity = here.st_dev, here.st_ino
+        if identity in _above:
+            raise UserError(f"{folder} leads back to a folder that it lies in; remove that link")
         for entry in sorted(os.scandir(folder), key=lambda e: e.name):
             if entry.is_dir():
-                yield from ((f"{entry.name}/{path}", stat) for path, stat in walk(Path(entry.path)))
+                below = walk(Path(entry.path), _above | {identity})
+                yield from ((f"{entry.name}/{path}", stat) for path, stat in below)
             else:
                 yield entry.name, entry.stat()
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, overload
@@ -14,10 +15,34 @@ from torch import Tensor
 
 from .dataset import DataSet, Domain
 from .errors import UserError, nearest
-from .images import Encoded
+from .images import Encoded, kind_of
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif")  # in any case
+EXTENSIONS = tuple(  # in any case
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".jfi",
+        ".jif",
+        ".png",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+        ".bmp",
+        ".dib",
+        ".tif",
+        ".tiff",
+        ".webp",
+        ".gif",
+    ]
+)
 STORED = 256 / 224  # side of a stored image over that of what the network sees: room for random crops
+
+_ENDING = {
+    "JPEG": ".jpg", "PNG": ".png", "GIF": ".gif", "WebP": ".webp", "BMP": ".bmp", "TIFF": ".tif", "PNM": ".pnm",
+}  # fmt: skip
 
 Names = Mapping[str, Sequence[str]]
 """Class -> the names of its images, in the folder of that name."""
@@ -77,29 +102,59 @@ def square(size: int) -> tuple[tuple[int, int], tuple[int, int, int]]:
     return (size, size), (3, side, side)
 
 
-def images_in(folder: Path) -> dict[tuple[str, ...], list[str]]:
+def images_in(folder: Path, _above: frozenset[tuple[int, int]] = frozenset()) -> dict[tuple[str, ...], list[str]]:
     """The images under a folder: their names, by the parts of the path of the folder that they lie in; all sorted.
 
     A folder that holds neither images nor folders has an empty list. What is hidden, and files that are no images, are ignored.
 
     Raises:
-        UserError: Something may not be read, or is a broken link.
+        UserError: Something may not be read, is a broken link or a link back, is an image with another ending, or a folder's
+            name cannot be a class's.
     """
     try:
+        here = os.stat(folder)
         with os.scandir(folder) as entries:
             visible = sorted((e for e in entries if _visible(e.name)), key=lambda e: e.name)
         folders = [e.name for e in visible if e.is_dir()]
-        images = [e for e in visible if e.name.lower().endswith(EXTENSIONS) and not e.is_dir()]
+        files = [e for e in visible if not e.is_dir()]
+        images, others = [], []
+        for e in files:
+            (images if e.name.lower().endswith(EXTENSIONS) else others).append(e)
         broken = [e.path for e in images if not e.is_file()]
+        _check_others([e.path for e in others if e.is_file()])
     except OSError as error:
         where = error.filename or folder
         raise UserError(f"cannot read {where}: {error.strerror}; check that folder, permissions and links") from None
+    identity = here.st_dev, here.st_ino
+    if identity in _above:
+        raise UserError(f"{folder} leads back to a folder that it lies in; remove that link")
     if broken:
-        raise UserError(f"{broken[0]} is a broken link: put back the image that it points to, or remove it")
+        raise UserError(f"{broken[0]} is a broken link, or no file: put back the image that it points to, or remove it")
     found = {(): [e.name for e in images]} if images or not folders else {}
     for name in folders:
-        found |= {(name, *parts): names for parts, names in images_in(folder / name).items()}
+        _check_name(folder, name)
+        below = images_in(folder / name, _above | {identity})
+        found |= {(name, *parts): names for parts, names in below.items()}
     return found
+
+
+def _check_others(paths: Sequence[str]) -> None:
+    """Refuse images that would be left out: those whose ending, or whose format, is not read."""
+    kinds = {path: kind for path in paths if (kind := kind_of(Path(path)))}
+    if not kinds:
+        return
+    first, kind = next(iter(kinds.items()))
+    more = f", and so are {len(kinds) - 1} more files in that folder" if len(kinds) > 1 else ""
+    how = f"rename them, to end in {_ENDING[kind]}" if kind in _ENDING else "convert them to JPEG or PNG"
+    raise UserError(f"{first} is an image by its first bytes ({kind}) but is not read{more}; {how}, or remove them")
+
+
+def _check_name(folder: Path, name: str) -> None:
+    """Refuse a folder whose name would not be the same in a table, a file and a terminal."""
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
+        raise UserError(
+            f"the name of folder {name!r} in {folder} has a control character, or is not UTF-8; rename the folder"
+        )
 
 
 def _visible(name: str) -> bool:
@@ -126,24 +181,42 @@ def classes_in(folder: Path) -> dict[str, list[str]]:
     return {parts[0]: names for parts, names in images.items()}
 
 
+def nfc(name: str) -> str:
+    """A class's name, composed: macOS writes é as e and an accent, which look the same and are other bytes."""
+    return unicodedata.normalize("NFC", name)
+
+
 def same_classes(found: Mapping[Path, Iterable[str]], known: Sequence[str] = (), title: str = "") -> tuple[str, ...]:
-    """The classes that all folders have: those that are known or, if none are, the first folder's.
+    """The classes that all folders have, composed (`nfc`): those that are known or, if none are, the first folder's.
 
     Raises:
-        UserError: A folder lacks a class, or has one that another lacks.
+        UserError: A folder lacks a class, has one that another lacks, or two that look the same.
     """
     first = next(iter(found))
-    classes = tuple(known) or tuple(found[first])
+    classes = tuple(known) or tuple(nfc(name) for name in found[first])
     for folder, names in found.items():
+        check_lookalikes(folder, names)
         other = f"{title!r}" if known else str(first)
-        for name in sorted(set(names) - set(classes)):
+        here = {nfc(name) for name in names}
+        for name in sorted(here - set(classes)):
             hint = nearest(name, classes) if known else "; restore it there, or remove it here"
             raise UserError(f"class {name!r} is in {folder}, but not in {other}{hint}")
-        for name in sorted(set(classes) - set(names)):
+        for name in sorted(set(classes) - here):
             raise UserError(
                 f"class {name!r} of {other} is not in {folder}; every domain needs the folders of all classes"
             )
     return classes
+
+
+def check_lookalikes(folder: Path, names: Iterable[str]) -> None:
+    """Refuse two class folders whose names differ only in how their letters are composed."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if nfc(name) in seen:
+            raise UserError(
+                f"{folder} has two folders that look like {nfc(name)!r}, {seen[nfc(name)]!a} and {name!a}; put them together"
+            )
+        seen[nfc(name)] = name
 
 
 def encoded(
@@ -155,7 +228,7 @@ def encoded(
     """The images of folders of classes, one folder after the other, with their labels (int64)."""
     number = {name: i for i, name in enumerate(classes)}
     folders = {folder / name: names for folder, found in parts for name, names in found.items()}
-    labels = torch.tensor([number[folder.name] for folder in folders], dtype=torch.int64)
+    labels = torch.tensor([number[nfc(folder.name)] for folder in folders], dtype=torch.int64)
     counts = torch.tensor([len(names) for names in folders.values()])
     return Encoded(Files(folders), size, fit), labels.repeat_interleave(counts)
 

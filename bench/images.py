@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,12 +25,43 @@ _FETCH = "fetch the file again, or remove it"
 _CHUNK = 32  # images that a thread takes at a time: tiny ones should not cost a hand-over each
 
 
+_SIGNATURES = {  # of formats that are read and of some that are not
+    "JPEG": r"\xff\xd8\xff",
+    "PNG": r"\x89PNG\r\n\x1a\n",
+    "GIF": r"GIF8[79]a",
+    "WebP": r"RIFF....WEBP",
+    "BMP": r"BM....\0\0\0\0....[\x0c-\x80]\0\0\0",
+    "TIFF": r"II\*\0|MM\0\*",
+    "PNM": r"P[1-6]\s+(#|\d+\s+\d+\s)",
+    "BigTIFF": r"II\+\0|MM\0\+",
+    "HEIF": r"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)",
+    "AVIF": r"....ftypavi[fs]",
+    "JPEG 2000": r"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
+    "JPEG XL": r"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n",
+    "Photoshop": r"8BPS\0[\x01\x02]",
+    "OpenEXR": r"v/1\x01",
+    "DICOM": r".{128}DICM",
+}
+_KINDS = {kind: re.compile(pattern.encode("latin-1"), re.DOTALL) for kind, pattern in _SIGNATURES.items()}
+
+
+def kind_of(path: Path) -> str | None:
+    """The format of an image, by the first bytes of a file; None if it is no image, or cannot be read."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(132)
+    except OSError:
+        return None
+    return next((kind for kind, pattern in _KINDS.items() if pattern.match(head)), None)
+
+
 def decode(source: Path | bytes, name: str = "") -> Image.Image:
     """One image as RGB, 8 bits a channel.
 
     Grey gets three equal channels and a palette its colours. Transparency is ignored (the stored colour counts, whatever
-    its alpha), CMYK is converted without a colour profile. Grey of 16 bits keeps its upper 8, as Pillow does itself with
-    colour of 16 bits. EXIF orientation is not applied, like torchvision's ``ImageFolder``.
+    its alpha), CMYK is converted without a colour profile. Grey of 9 to 16 bits keeps its upper 8, as Pillow does with
+    colour of 16 bits; a TIFF that counts from white is turned round. EXIF orientation is not applied, like torchvision's
+    ``ImageFolder``.
 
     Args:
         source: the file, or its content.
@@ -73,10 +106,51 @@ def _rgb(raw: bytes, name: str) -> Image.Image:
 
 def _from_deep_grey(image: Image.Image, name: str) -> Image.Image:
     """Grey of more than 8 bits, which ``convert`` would clip at 255 instead of scaling."""
-    values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 0xFFFF:
+    values, bits = np.asarray(image), _grey_bits(image)
+    if image.mode == "F" or values.min() < 0 or values.max() >= 2**bits:
         raise UserError(f"{name} has float or 32-bit pixels; save it with 8 or 16 bits a channel, or remove it")
-    return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    values = (values >> (bits - 8)).astype(np.uint8)
+    return Image.fromarray(255 - values if _white_is_zero(image) else values).convert("RGB")
+
+
+def _grey_bits(image: Image.Image) -> int:
+    """Bits of a pixel of deep grey: a TIFF may say fewer than 16."""
+    tags = getattr(image, "tag_v2", {})
+    said = tags.get(258, (16,))  # BitsPerSample
+    bits = int(said[0] if isinstance(said, tuple) else said)
+    return bits if 8 < bits < 16 else 16
+
+
+def _white_is_zero(image: Image.Image) -> bool:
+    """Whether a TIFF counts from white (PhotometricInterpretation 0), which Pillow heeds up to 8 bits alone."""
+    return getattr(image, "tag_v2", {}).get(262) == 0
+
+
+DARK = 4096  # grey of 16 bits that stays below has 16 levels after decoding
+
+
+def refuse_dark(images: Sequence[Encoded], title: str) -> None:
+    """Refuse a data set of grey images of 16 bits whose values are those of 12, as cameras and scanners write them.
+
+    Some are looked at, and all only if those are dark.
+
+    Args:
+        images: Of each domain.
+        title: What the data set is called.
+
+    Raises:
+        UserError: No value reaches `DARK`.
+    """
+    brightest = 0
+    for some in (True, False):
+        deep = [value for part in images for value in part.brightest(64 if some else len(part))]
+        brightest = max(deep, default=DARK)
+        if brightest >= DARK:
+            return
+    raise UserError(
+        f"the grey images of 16 bits in {title!r} have no value above {brightest:,} of 65,535, as if they had 12: they would be "
+        "read as nearly black; multiply them by 16, or save them with 8 bits"
+    )
 
 
 def _read(path: Path) -> bytes:
@@ -201,6 +275,19 @@ class Encoded:
             except BaseException:  # Ctrl-C, too: leaving the pool waits for what runs, so let that end now
                 stop.set()
                 raise
+
+    def brightest(self, most: int) -> Iterator[int]:
+        """The largest value of each grey image of 16 bits, among so many images at equal distances."""
+        with _STRICT:
+            for i in np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).astype(int)).tolist():
+                source = self.sources[i]
+                with (
+                    suppress(Exception),
+                    Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image,
+                ):  # what is wrong with it is told when it is decoded
+                    if image.mode.startswith("I") and _grey_bits(image) == 16:
+                        values = np.asarray(image)
+                        yield int(0xFFFF - values.min() if _white_is_zero(image) else values.max())
 
     def called(self, i: int) -> str:
         """What bytes are called in an error."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from .dataset import DataSet, Domain, listing
 from .disk import Damaged, clear_temporaries, file_digest, read_json, sync_folder, temporary_name, write_json
 from .errors import UserError
-from .images import Encoded
+from .images import Encoded, refuse_dark
 
 FORMAT = 3  # of the folder
 CHUNK = 64  # images decoded between two writes
@@ -86,6 +86,7 @@ def _prepare(dataset: DataSet, folder: Path) -> Prepared:
         dataset.verify()
         domains = dataset.load()
         _check(dataset, domains)
+        refuse_dark([d.images for d in domains if isinstance(d.images, Encoded)], dataset.title)
         try:
             clear_temporaries(folder.parent, of=folder.name)
             _write(unfinished, domains, dataset)

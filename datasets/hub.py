@@ -95,6 +95,10 @@ class Hub(DataSet):
         self.classes = class_names(schema, self.label_column) or tuple(
             dict.fromkeys(map(str, self._values(self.label_column)[1]))
         )
+        for twice in (n for n in self.classes if self.classes.count(n) > 1):
+            raise UserError(
+                f"class name {twice!r} stands twice in the metadata of column {self.label_column!r} of {self.train[0]}; rename one"
+            )
         self.domain_of, self.domains = self._domains(schema)
 
     def sources(self) -> list[Path]:
@@ -267,6 +271,12 @@ class Hub(DataSet):
         wrong = ((numbers < 0) | (numbers >= len(self.classes))).nonzero()[0]
         if len(wrong):
             file, row = locate(files, int(wrong[0]))
+            unlabelled = int((numbers == -1).sum())
+            if numbers[wrong[0]] == -1:
+                raise UserError(
+                    f"{file}, row {row}: label -1 or none, as in {unlabelled:,} of {len(numbers):,} rows, counts as unlabelled; "
+                    "if it is a class, number the classes from 0, else drop those rows"
+                )
             raise UserError(
                 f"{file}, row {row}: label {numbers[wrong[0]]} is not one of 0..{len(self.classes) - 1}; mend or drop that row"
             )
@@ -305,10 +315,23 @@ class Hub(DataSet):
             for path in self.sources():
                 read_table([path], [self.image_column])  # says which file it is, if it is one
             line = " ".join(str(error.__cause__ or error).split())[:160]
+            if _is_of_the_system(error):
+                raise UserError(
+                    f"cannot copy the images of {self.title!r} to {cache} ({line}); free some space or choose another store"
+                ) from None
             raise UserError(
-                f"cannot copy the images of {self.title!r} to {cache} ({line}); free some space or choose another store"
+                f"the library datasets does not read {self.sources()[0]} ({line}); mend the file or its metadata"
             ) from None
         return rows.data
+
+
+def _is_of_the_system(error: BaseException | None) -> bool:
+    """Whether a disk or a right is what is missing: such an error, or what was raised from it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _has_parquet(folder: Path) -> bool:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -17,10 +17,28 @@ from pydantic import Field
 from ..bench.dataset import DataSet, Domain
 from ..bench.errors import UserError
 from ..bench.fetch import Remote
-from ..bench.folders import EXTENSIONS, Folders, Names, classes_in, encoded, images_in, same_classes, square
+from ..bench.folders import (
+    EXTENSIONS,
+    Folders,
+    Names,
+    check_lookalikes,
+    classes_in,
+    encoded,
+    images_in,
+    nfc,
+    same_classes,
+    square,
+)
 
 _USABLE = re.compile(r"[A-Za-z0-9_.-]+")  # as the name of a domain: it becomes part of metric and file names
-_PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_WORDS = {  # part -> what its folder is called
+    "train": "train|training|trn",
+    "val": "val|valid|validation|validate|dev|development|eval|evaluation",
+    "test": "test|testing|tst",
+}
+_FILLING = r"(?:the|my|data|set|split|part|images?|imgs?|pictures?|photos?|[\W\d_])*"
+_PARTS = {part: re.compile(f"{_FILLING}(?:{words}){_FILLING}", re.IGNORECASE) for part, words in _WORDS.items()}
+_AMBIGUOUS = re.compile(r"(train|training|val|validation|test|testing)", re.IGNORECASE)  # among a name's words
 _LAYOUTS = "CLASS/IMAGE, DOMAIN/CLASS/IMAGE or train|val|test/CLASS/IMAGE"
 _ONLY = "images"  # the domain, where there is one only
 
@@ -29,8 +47,8 @@ class ImageFolder(DataSet):
     """A folder of your own: CLASS/IMAGE, DOMAIN/CLASS/IMAGE, or train|val|test/CLASS/IMAGE.
 
     FOLDER is relative to the data root, or absolute. Which layout it has, the depth of its images and the names at its top
-    say. `test` is the official test part; without it, `val` is. Where there are both, the images of `val` are training
-    material: every run cuts its own validation part from that.
+    say; `Training`, `Test set`, `dev` or `val_images` are parts, too. `test` is the official test part; without it, `val` is.
+    Where there are both, the images of `val` are training material: every run cuts its own validation part from that.
 
     Splits are drawn for the folder's own name, so that they stay what they are when it is moved.
     """
@@ -61,7 +79,7 @@ class ImageFolder(DataSet):
         self.crop, self.image = square(self.params.size)
         self.base = self._base()
         self.tops = _by_top(self.base, images_in(self.base))
-        part = {top: _PARTS[top.lower()] for top in self.tops if top.lower() in _PARTS}
+        part = _parts_of(self.base, self.tops)
         if part or "" in self.tops:
             self.domains, self.classes = (_ONLY,), _classes_of_parts(self.base, self.tops, part)
             self.tests = [top for top in part if part[top] == ("test" if "test" in part.values() else "val")]
@@ -137,6 +155,29 @@ def _by_top(base: Path, images: Mapping[tuple[str, ...], list[str]]) -> dict[str
     return tops
 
 
+def _parts_of(base: Path, tops: Iterable[str]) -> dict[str, str]:
+    """Which folders at the top are parts of a split: ``Training``, ``Test set``, ``val_images`` and the like.
+
+    Raises:
+        UserError: Two are the same part, or a name may be that of a part or of a domain.
+    """
+    found: dict[str, str] = {}
+    for top in tops:
+        part = next((part for part, pattern in _PARTS.items() if pattern.fullmatch(top)), None)
+        if part is None and any(_AMBIGUOUS.fullmatch(word) for word in re.findall(r"[^\W\d_]+", top)):
+            raise UserError(
+                f"{base / top} may be a part of a split or a domain; name it train, val or test, or else without that word"
+            )
+        if part in found.values():
+            other = next(name for name in found if found[name] == part)
+            raise UserError(
+                f"{base} has {other!r} and {top!r}, both of which are its {part} part; put their images together, or rename one"
+            )
+        if part is not None:
+            found[top] = part
+    return found
+
+
 def _classes_of_parts(base: Path, tops: Mapping[str, Names], part: Mapping[str, str]) -> tuple[str, ...]:
     """The classes of the training part, which the others may not go beyond."""
     other = [top for top in tops if part and top not in part]
@@ -148,9 +189,11 @@ def _classes_of_parts(base: Path, tops: Mapping[str, Names], part: Mapping[str, 
     train = [top for top in tops if part.get(top, "train") == "train"]
     if not train:
         raise UserError(f"{base} has {' and '.join(part)}, but no train; add it, or rename them if they are domains")
-    classes = tuple(sorted({name for top in train for name in tops[top]}))
     for top in tops:
-        for name in sorted(set(tops[top]) - set(classes)):
+        check_lookalikes(base / top, tops[top])
+    classes = tuple(sorted({nfc(name) for top in train for name in tops[top]}))
+    for top in tops:
+        for name in sorted({nfc(name) for name in tops[top]} - set(classes)):
             raise UserError(
                 f"class {name!r} is in {base / top}, but not in {base / train[0]}; add it there, or remove it"
             )

@@ -77,6 +77,10 @@ def entry(name: str, kind: bytes, **more: Any) -> tarfile.TarInfo:
     return info
 
 
+def in_tar(member: tuple[str, bytes]) -> tarfile.TarInfo | tuple[str, bytes]:
+    return entry(member[0], tarfile.DIRTYPE) if member[0].endswith("/") else member
+
+
 def zip_of(*members: tuple[str | zipfile.ZipInfo, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", method) as archive:
@@ -224,6 +228,30 @@ def test_many_members_that_are_too_much_together(tmp_path, kind):
     said = "holds a member that makes it 500.0 kB in all, '4.bin'; at most 450.0 kB are unpacked"
     assert said in tried(pack(kind, files), tmp_path, most=450_000)
     assert len(names(extract(tmp_path / "archive", tmp_path / "fits", most=2 * 10**6))) == 20
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz"])
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ({f"{i}.png": b"x" * (i % 32) for i in range(60_000)}, "files of less than 32 bytes, or more; at most 1,000"),
+        ({f"{i}/": b"" for i in range(21_000)}, "folders, or more; at most 20,000"),
+    ],
+)
+def test_members_that_are_many_and_tiny(tmp_path, kind, made, said):
+    """60,000 empty files would be written for minutes, and take places on the disk that images need."""
+    data = zip_of(*made.items()) if kind == "zip" else tar_of(*map(in_tar, made.items()), kind=kind[4:])
+    assert said in tried(data, tmp_path)
+
+
+def test_members_without_number(tmp_path, monkeypatch):
+    """A bomb of members that are each large enough would be written until the disk is full."""
+    monkeypatch.setattr(archive_module, "MEMBERS", 10)
+    files = {f"{i}.bin": bytes(50) for i in range(11)}
+    for kind in KINDS:
+        (tmp_path / kind).mkdir()
+        assert "11 members, or more; at most 10 are unpacked" in tried(pack(kind, files), tmp_path / kind)
 
 
 @pytest.mark.parametrize("says", [10, 2000])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
 import re
 import shutil
@@ -14,8 +16,9 @@ from hypothesis import strategies as st
 from pictures import cut_short, write_classes, write_picture
 from PIL import Image
 from qatbench.bench.data import make_splits, open_data
+from qatbench.bench.dataset import walk
 from qatbench.bench.errors import UserError
-from qatbench.bench.folders import Files, classes_in, images_in
+from qatbench.bench.folders import Files, classes_in, encoded, images_in, same_classes
 from qatbench.datasets.domain_folders import VLCS
 
 A, B = "VLCS/Caltech101", "VLCS/LabelMe"
@@ -98,6 +101,7 @@ def test_what_is_no_image_is_ignored(tmp_path):
 def test_every_ending_counts_in_any_case(tmp_path):
     """Broken if images were left out in silence because of how their names end."""
     endings = ["jpg", "JPG", "jpeg", "JPEG", "png", "ppm", "bmp", "pgm", "tif", "TIFF", "webp", "gif"]
+    endings += ["jfif", "JFIF", "jpe", "jfi", "jif", "pbm", "pnm", "dib"]
     (tmp_path / "a").mkdir()
     for i, ending in enumerate(endings):
         (tmp_path / "a" / f"{i:02}.{ending}").touch()
@@ -112,7 +116,104 @@ def test_links_to_images_and_folders_are_followed(tmp_path):
     assert images_in(tmp_path / "near") == {("b",): ["img_0000.jpg", "img_0001.jpg"]}
 
 
+@pytest.mark.parametrize("ending", [".jfif", ".JPE", ".jfi", ".jif"])
+def test_every_name_of_a_jpeg_is_decoded(root, ending):
+    """Broken if the images that a browser saved, as .jfif, were missing from a class."""
+    for path in (root / A / "bird").iterdir():
+        path.rename(path.with_suffix(ending))
+    assert len(load(root)["Caltech101"].labels) == 3 * len(VLCS.classes)
+
+
 # -- what is wrong
+
+
+def as_kind(format):
+    out = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(out, format)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jpg.1", as_kind("JPEG"), "(JPEG) but is not read; rename them, to end in .jpg"),
+        ("a", as_kind("PNG"), "(PNG) but is not read; rename them, to end in .png"),
+        ("a.txt", as_kind("WEBP"), "(WebP)"),
+        ("a.tif~", as_kind("TIFF"), "(TIFF)"),
+        ("a.bak", as_kind("BMP"), "(BMP)"),
+        ("a.ppm_", as_kind("PPM"), "(PNM)"),
+        ("a.gfi", as_kind("GIF"), "(GIF)"),
+        ("a.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "(HEIF) but is not read; convert them to JPEG or PNG"),
+        ("a.avif", b"\0\0\0\x20ftypavif\0\0\0\0", "(AVIF)"),
+        ("a.jp2", b"\0\0\0\x0cjP  \r\n\x87\n", "(JPEG 2000)"),
+        ("a.jxl", b"\xff\x0a\0\0", "(JPEG XL)"),
+        ("a.dcm", bytes(128) + b"DICM", "(DICOM)"),
+    ],
+)
+def test_an_image_that_is_not_read_is_named(root, name, content, words):
+    """Broken if a class lost half of its images in silence, since their names end otherwise."""
+    (root / A / "bird" / name).write_bytes(content)
+    assert f"{root / A / 'bird' / name} is an image by its first bytes {words}" in refusal(root)
+    (root / A / "bird" / f"{name}2").write_bytes(content)
+    assert "and so are 1 more files in that folder" in refusal(root)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"BMW and others", b"P5 is a phone", b"II", b"RIFF....WAVE", b"{}", b"\0" * 200]
+)
+def test_other_files_are_still_ignored(tmp_path, content):
+    """Broken if notes, lists and sounds beside the images were taken for images."""
+    write_classes(tmp_path, {"a": 1})
+    (tmp_path / "a/other").write_bytes(content)
+    assert classes_in(tmp_path) == {"a": ["img_0000.jpg"]}
+
+
+def test_one_name_in_two_spellings_is_one_class(tmp_path):
+    """Broken if a folder from a Mac, where é is e and an accent, were told to lack a class whose name looks the same."""
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    write_classes(tmp_path / "linux", {composed: 2, "bar": 1})
+    write_classes(tmp_path / "mac", {apart: 1, "bar": 1})
+    found = {tmp_path / name: classes_in(tmp_path / name) for name in ("linux", "mac")}
+    assert set(same_classes(found)) == {composed, "bar"}
+    assert same_classes(dict(reversed(found.items()))) == ("bar", composed)
+    images, labels = encoded(found.items(), ("bar", composed), (8, 8))
+    assert labels.tolist() == [0, 1, 1, 0, 1]
+    assert all(Path(path).is_file() for path in images.sources)
+    write_classes(tmp_path / "linux", {apart: 1})
+    with pytest.raises(UserError, match=r"two folders that look like 'café', .*e\\u0301"):
+        same_classes({tmp_path / "linux": classes_in(tmp_path / "linux")})
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\x7f", os.fsdecode(b"caf\xe9")])
+def test_a_class_that_no_table_can_show_is_refused(tmp_path, name):
+    """Broken if a name broke the lines of a table, coloured a terminal, or could not be written at the end of a sweep."""
+    write_classes(tmp_path, {"b": 1})
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="control character, or is not UTF-8") as caught:
+        classes_in(tmp_path)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.timeout(30)
+def test_links_that_lead_back_end(tmp_path):
+    """Broken if two links to a folder above were followed in all 2^40 orders."""
+    write_classes(tmp_path / "a", {"x": 1})
+    for name in ("one", "two", "three"):
+        (tmp_path / "a" / name).symlink_to(tmp_path)
+    for look in (images_in, lambda folder: list(walk(folder))):
+        with pytest.raises(UserError, match="leads back to a folder that it lies in"):
+            look(tmp_path)
+
+
+@pytest.mark.timeout(30)
+def test_a_pipe_with_an_images_name_is_refused(tmp_path):
+    """Broken if a pipe among the images were waited for."""
+    write_classes(tmp_path, {"a": 1})
+    os.mkfifo(tmp_path / "a/pipe")  # no image by its name: ignored
+    assert classes_in(tmp_path) == {"a": ["img_0000.jpg"]}
+    os.mkfifo(tmp_path / "a/pipe.png")
+    with pytest.raises(UserError, match=r"pipe\.png is a broken link, or no file"):
+        classes_in(tmp_path)
 
 
 def test_domain_folder_missing(root):

@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
@@ -20,9 +21,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, TiffImagePlugin
 from qatbench.bench.errors import UserError
-from qatbench.bench.images import Encoded, decode
+from qatbench.bench.images import Encoded, decode, refuse_dark
 from torch.utils.data import DataLoader
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
@@ -176,6 +177,55 @@ def test_values_beyond_sixteen_bits_are_refused(value, tmp_path):
     path = tmp_path / "depth.tif"
     Image.fromarray(np.full((4, 5), value, np.int32)).save(path)
     assert refusal(path).startswith(f"{path} has float or 32-bit pixels; save it with 8 or 16 bits")
+
+
+def grey16(path: Path, values: np.ndarray, bits: int = 16, photometric: int = 1) -> Path:
+    """A TIFF of uint16 in one strip, with these tags."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[258], tags[262] = bits, photometric
+    Image.fromarray(values.astype(np.uint16)).save(path, tiffinfo=tags)
+    raw = bytearray(path.read_bytes())
+    for tag, value in ((258, bits), (262, photometric)):  # Pillow writes its own
+        at = raw.index(struct.pack("<HH", tag, 3)) + 8
+        struct.pack_into("<H", raw, at, value)
+    path.write_bytes(raw)
+    return path
+
+
+def test_a_tiff_that_counts_from_white_is_turned_round(tmp_path):
+    """Broken if half of a scanner's images were negatives of the others: Pillow heeds the tag up to 8 bits alone."""
+    values = GREY.astype(np.uint16) << 8 | 0x80
+    plain = decode(grey16(tmp_path / "plain.tif", values))
+    turned = decode(grey16(tmp_path / "turned.tif", 0xFFFF - values, photometric=0))
+    assert np.array_equal(np.asarray(plain)[..., 0], GREY)
+    assert np.array_equal(np.asarray(turned), np.asarray(plain))
+
+
+def a_set_of(tmp_path: Path, *brightest: int) -> None:
+    """A data set of grey images of 16 bits with these largest values, and a plain one of 8 bits."""
+    arrays = [np.array([[0, value]], np.uint16) for value in brightest]
+    paths = [write_grey(tmp_path / f"{i:03}.png", values) for i, values in enumerate(arrays)]
+    plain = write_grey(tmp_path / "plain.png", np.full((8, 8), 255, np.uint8))
+    refuse_dark([Encoded([*paths, plain], (8, 8)), Encoded([plain], (8, 8))], "cam")
+
+
+def write_grey(path: Path, values: np.ndarray) -> Path:
+    Image.fromarray(values).save(path)
+    return path
+
+
+def test_a_data_set_of_12_bits_in_16_is_refused(tmp_path):
+    """Broken if a camera's images trained as nearly black ones, with 16 levels of grey."""
+    with pytest.raises(UserError, match=r"16 bits in 'cam' have no value above 4,095 of 65,535.*multiply them by 16"):
+        a_set_of(tmp_path, *[17] * 150, 4095)
+    for bright in range(0, 200, 40):  # wherever it is, also between those that are looked at first
+        a_set_of(tmp_path, *[3] * bright, 4096, *[4095] * (199 - bright))
+    a_set_of(tmp_path)
+    turned = grey16(tmp_path / "turned.tif", np.full((4, 4), 0xFFFF - 100), photometric=0)
+    with pytest.raises(UserError, match="no value above 100"):
+        refuse_dark([Encoded([turned.read_bytes()], (8, 8))], "cam")
+    (tmp_path / "damaged.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    refuse_dark([Encoded([tmp_path / "damaged.png", tmp_path / "nowhere.png"], (8, 8))], "cam")
 
 
 def test_float_is_refused(tmp_path):

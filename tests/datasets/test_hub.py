@@ -11,6 +11,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -254,6 +255,38 @@ def test_hidden_and_wrong_labels_are_told(folder, root, tmp_path):
     column = rows.schema.get_field_index("label")
     pq.write_table(rows.set_column(column, rows.schema.field(column), [[0, 1, 0, 0, 2, 0]]), folder / "test.parquet")
     assert f"{folder / 'test.parquet'}, row 4: label 2 is not one of 0..1" in refused(root, where)
+
+
+def test_minus_one_as_a_class_is_told(folder, root, tmp_path):
+    """Broken if labels -1, 0, 1 were told to be "not one of 0..1": one is not led to what to change."""
+    rows = table(range(30), label=([-1, 0, 1] * 10, datasets.Value("int64")))
+    rows.to_parquet(folder / "train.parquet")
+    text = refused(root, tmp_path / "c")
+    assert f"{folder / 'train.parquet'}, row 0: label -1 or none, as in 10 of 30 rows" in text
+    assert "number the classes from 0" in text
+
+
+def with_metadata(path: Path, change: Callable[[dict], None]) -> None:
+    """The same file, with other words of the library about its columns."""
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(path)
+    about = json.loads(rows.schema.metadata[b"huggingface"])
+    change(about["info"]["features"])
+    pq.write_table(rows.replace_schema_metadata({b"huggingface": json.dumps(about).encode()}), path)
+
+
+def test_metadata_that_cannot_be_used_is_told(folder, root, tmp_path):
+    """Broken if a name that stands twice in the metadata were answered by "free some space"."""
+    where, file = tmp_path / "c", folder / "train.parquet"
+    table(range(12), label=([0, 1, 2] * 4, datasets.ClassLabel(names=["a", "b", "c"]))).to_parquet(file)
+    with_metadata(file, lambda features: features["label"].update(names=["a", "a", "c"]))
+    assert f"class name 'a' stands twice in the metadata of column 'label' of {file}" in refused(root, where)
+    with_metadata(file, lambda features: features["label"].update(names=["a", "b", "c"]))
+    with_metadata(file, lambda features: features.update(image={"_type": "Hologram"}))
+    text = refused(root, where)
+    assert str(file) in text
+    assert "free some space" not in text
 
 
 def test_bad_image_is_named_by_file_and_row(folder, root, tmp_path):

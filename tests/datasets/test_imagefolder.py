@@ -107,6 +107,11 @@ def refusal(root: Path, name: str = "imagefolder:pets", **params) -> str:
         ({"train": 5, "val": 3, "test": 2}, 2),
         ({"Train": 5, "Validation": 3, "Test": 2}, 2),
         ({"train": 5}, None),
+        ({"Training": 5, "Testing": 2}, 2),
+        ({"Train set": 5, "dev": 3, "Test set": 2}, 2),
+        ({"TrainingData": 5, "val_images": 3}, 3),
+        ({"train2017": 5, "valid-2017": 3}, 3),
+        ({"training_set": 5, "test_set": 2}, 2),
     ],
 )
 def test_which_part_tests(tmp_path, tops, tested):
@@ -267,6 +272,43 @@ def test_parts_beside_domains(tmp_path):
     """Broken if test images were a domain that trains."""
     root = pets(tmp_path, train={"cat": 2, "dog": 2}, sketch={"cat": 2, "dog": 2})
     assert "has 'train', a part of a split, beside 'sketch'" in refusal(root)
+
+
+@pytest.mark.parametrize("name", ["dev", "eval", "Evaluation", "development set", "imgs_val"])
+def test_other_words_for_val(tmp_path, name):
+    """Broken if images that a user put aside trained, since the folder has another word for it."""
+    root = pets(tmp_path, **{"train": {"cat": 2, "dog": 2}, name: {"cat": 3, "dog": 1}})
+    (domain,) = folder(root).load()
+    assert [domain.images.sources[i].parts[-3] for i in domain.test.tolist()] == [name] * 4
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (("seg_train", "seg_test"), "may be a part of a split or a domain"),
+        (("art-testing", "sketch"), "may be a part of a split or a domain"),
+        (("train", "Training"), "both of which are its train part"),
+        (("train", "val", "dev"), "both of which are its val part"),
+        (("train1", "train2"), "both of which are its train part"),
+    ],
+)
+def test_names_that_may_be_parts_are_refused(tmp_path, names, words):
+    """Broken if a user's test images were a domain that trains, or two parts were taken for one."""
+    assert words in refusal(pets(tmp_path, **{name: {"cat": 2, "dog": 2} for name in names}))
+
+
+@pytest.mark.parametrize("names", [("trains", "planes"), ("contest", "devices"), ("validus", "attest")])
+def test_other_words_are_domains(tmp_path, names):
+    """Broken if a domain could not be called contest."""
+    assert folder(pets(tmp_path, **{name: {"train": 2, "test": 2} for name in names})).domains == tuple(sorted(names))
+
+
+def test_spellings_of_one_class_in_two_parts(tmp_path):
+    """Broken if the test images of class é, unpacked on a Mac, were those of another class."""
+    root = pets(tmp_path, train={"caf\u00e9": 2, "bar": 2}, test={"cafe\u0301": 1, "bar": 1})
+    dataset = folder(root)
+    assert dataset.classes == ("bar", "caf\u00e9")
+    assert dataset.load()[0].labels.bincount().tolist() == [3, 3]
 
 
 def test_parts_without_train(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from qatbench.bench.data import DataSet, Domain, Loaded, make_splits
-from qatbench.reports.montage import montage
+from qatbench.reports.montage import _label, montage
 
 
 def colours(domains: int, classes: int, channels: int = 3, **params) -> Loaded:
@@ -48,3 +49,13 @@ def test_grey_images_and_empty_classes_are_drawn():
     counts = torch.bincount(loaded["d0"].labels[make_splits(loaded, 0)["d0"].train], minlength=40)
     assert counts.min() == 0
     assert picture(loaded).std() > 0
+
+
+def test_names_that_no_font_here_can_draw_are_numbers(recwarn):
+    """Broken if a class named in Chinese were a box, or warned in the words of a library about its glyph."""
+    loaded = colours(1, 2)
+    names = ("caf\u00e9", "\U000f0000", "a\tb")
+    loaded = dataclasses.replace(loaded, classes=names, name="imagefolder:\U000f0000")
+    assert [_label(loaded, c) for c in range(3)] == ["caf\u00e9", "class 1", "class 2"]
+    assert picture(loaded).std() > 0
+    assert not recwarn.list
