@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from .bench.errors import UserError, nearest
+from .bench.paths import usable
 from .bench.secrets import scrub
 
 
@@ -575,13 +576,14 @@ def _load(plugins: list[Path] | None) -> None:
         from .bench.registry import load_file
 
         for path in plugins:
-            load_file(path)
+            load_file(usable(path, "plugin"))
 
 
 def _check_root(root: Path | None) -> None:
     if root is None:
         return
-    if not root.exists():
+    root = usable(root, "data root")
+    if not os.path.exists(root):
         raise UserError(
             f"data root {root} does not exist; give the folder with your data sets (--data-root or QATBENCH_DATA)"
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .archive import extract
 from .dataset import DataSet, find_data
-from .errors import UserError
+from .errors import RunFailed, UserError
 from .fetch import fetch, verify
 from .prepared import check_prepared, prepared_folder
 from .registry import plugins
@@ -49,9 +49,12 @@ def _entry(name: str, cls: type[DataSet] | None, error: str | None, root: Path |
     what = (cls.__doc__ or "").strip().split("\n")[0]
     if cls.takes:
         return Entry(f"{name}:{cls.takes}", what)
-    dataset = find_data(cls, {}, root, cache)
-    dataset.unpacks = False  # looking costs nothing
-    states = {d: _state(dataset, d) for d in dataset.domains}
+    try:
+        dataset = find_data(cls, {}, root, cache)
+        dataset.unpacks = False  # looking costs nothing
+        states = {d: _state(dataset, d) for d in dataset.domains}
+    except (UserError, RunFailed) as wrong:  # a plugin; the others are listed
+        return Entry(name, what, error=str(wrong))
     try:
         prepared = (prepared_folder(dataset, cache) / "meta.json").exists()
     except UserError:

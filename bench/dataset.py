@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch import Tensor
 from .archive import extract
 from .errors import UserError, nearest
 from .fetch import Remote, verify
+from .hooks import Check, guard
 from .images import Encoded
 from .spec import Frozen, validated
 
@@ -29,6 +32,44 @@ class Domain:
     labels: Tensor  # int64 [N]
     test: Tensor | None = None  # int64: the official test part, if there is one
     group: Tensor | None = None  # int64 [N]: images of one group, in any domain, stay in one part of the split
+
+
+def _wrong_domains(dataset: DataSet, result: Any) -> str | None:
+    """What `load` should have given."""
+    if not isinstance(result, list | tuple) or not all(isinstance(d, Domain) for d in result):
+        return "a list of Domain"
+    for d in result:
+        rows = [d.labels, *(values for values in (d.test, d.group) if values is not None)]
+        if not isinstance(d.images, Tensor | Encoded) or not all(isinstance(r, Tensor) and r.ndim == 1 for r in rows):
+            return "Domains of images [N, C, H, W], labels [N], and test and group [N] or None, all of them tensors"
+    return None if _names(getattr(dataset, "classes", ())) else "classes set by then, a tuple of names"
+
+
+_HOOKS: dict[str, Check] = {
+    "look": lambda dataset, result: None,
+    "sources": lambda dataset, result: None if isinstance(result, Iterable) else "a list of paths",
+    "load": _wrong_domains,
+    "fingerprint": lambda dataset, result: None if isinstance(result, str) else "a str",
+}
+_DOMAIN = re.compile(r"[A-Za-z0-9_.-]+")  # it becomes a part of metrics' and files' names
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0 and all(isinstance(name, str) for name in value)
+
+
+def _wrong_facts(dataset: DataSet) -> str | None:
+    """What is wrong with the facts that a data set states; None if nothing is."""
+    domains, image = getattr(dataset, "domains", ()), getattr(dataset, "image", ())
+    if not _names(domains) or len({*domains}) < len(domains) or not all(_DOMAIN.fullmatch(d) for d in domains):
+        return f"domains are {reprlib.repr(domains)}; give distinct names of letters, digits, _, . and -"
+    given = [image, dataset.crop or ()]
+    sizes = [size for part in given for size in part] if all(isinstance(part, list | tuple) for part in given) else []
+    if len(sizes) not in (3, 5) or not all(type(size) is int and size > 0 for size in sizes):
+        return f"image is {reprlib.repr(image)}, crop {reprlib.repr(dataset.crop)}; give (C, H, W), and (H, W) or None"
+    if not _names(getattr(dataset, "classes", ("may be set by load",))):
+        return f"classes are {reprlib.repr(dataset.classes)}; give a tuple of names"
+    return None
 
 
 class DataSet:
@@ -75,6 +116,10 @@ class DataSet:
             "ldam", description="images of each class: ldam keeps every class; climbq truncates again and again"
         )
 
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        guard(cls, DataSet, _HOOKS)
+
     def __init__(
         self, params: Params | None = None, root: Path | None = None, downloads: Path | None = None, variant: str = ""
     ) -> None:
@@ -85,6 +130,8 @@ class DataSet:
             form = f"{self.name}:{self.takes}" if self.takes else self.name
             raise UserError(f"data set {self.title!r} is written {form!r}")
         self.look()
+        if (wrong := _wrong_facts(self)) is not None:
+            raise UserError(f"data set {self.title!r}: {wrong}")
         for name in self.params.domains:
             if name not in self.domains:
                 raise UserError(f"data set {self.title!r} has no domain {name!r}{nearest(name, self.domains)}")

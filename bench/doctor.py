@@ -9,6 +9,8 @@ import platform
 import shutil
 from pathlib import Path
 
+from .errors import UserError
+from .paths import usable
 from .registry import KINDS, plugins
 from .tracking import user_mode
 
@@ -41,8 +43,8 @@ def examine(store: Path, data_root: Path | None) -> int:
         f"data root {data_root}" if data_root else "no data root (optional); give one with --data-root or QATBENCH_DATA"
     )
     say(
-        None if data_root is None else data_root.is_dir(),
-        root if data_root is None or data_root.is_dir() else f"{root} is not a folder",
+        None if data_root is None else os.path.isdir(data_root),
+        root if data_root is None or os.path.isdir(data_root) else f"{root} is not a folder",
     )
     say(True, f"W&B {user_mode()}")
     for kind in KINDS:
@@ -70,9 +72,13 @@ def _devices() -> tuple[bool, str]:
 
 
 def _store(store: Path) -> tuple[bool, str]:
-    if store.exists() and not store.is_dir():
+    try:
+        store = usable(store, "store")
+    except UserError as error:
+        return False, str(error)
+    if os.path.exists(store) and not store.is_dir():
         return False, f"store {store} is a file; choose a folder with --store or QATBENCH_STORE"
-    place = next(path for path in (store.absolute(), *store.absolute().parents) if path.exists())
+    place = next(path for path in (store.absolute(), *store.absolute().parents) if os.path.exists(path))
     free = shutil.disk_usage(place).free / 1e9
     if not os.access(place, os.W_OK):
         return False, f"store {store} is read-only; choose another with --store or QATBENCH_STORE"

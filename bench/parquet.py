@@ -126,8 +126,8 @@ def features(schema: pa.Schema) -> dict[str, Any]:
     """What the ``datasets`` library wrote of each column: ``{"label": {"_type": "ClassLabel", "names": [...]}}``; or nothing."""
     try:
         found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return found if isinstance(found, dict) else {}
-    except (KeyError, TypeError, ValueError):
+        return {name: kind for name, kind in found.items() if isinstance(kind, dict)}
+    except (AttributeError, KeyError, TypeError, ValueError):
         return {}
 
 

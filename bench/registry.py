@@ -100,8 +100,10 @@ def load_file(path: str | Path) -> list[Plugin]:
     try:
         source = execute(file.read_bytes(), module, file)
         found = _classes(module, str(file), source=source)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         del sys.modules[spec.name]
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise UserError(f"plugin {path} {_where(error, file)}does not import: {_reason(error)}") from error
     if not found:
         raise UserError(f"plugin {path} defines no method, data set or network: set the class attribute `name`")

@@ -17,6 +17,7 @@ from .network import check_network
 from .registry import find, plugin
 from .site import Site
 from .spec import FLOAT_BITS, Bits, Budget, RunSpec, bits_text, canonical_json, content_hash, parse_bits
+from .stream import decoders
 from .task import Task
 
 HARNESS = 1
@@ -113,6 +114,7 @@ def _check_request(spec: RunSpec, dataset: DataSet) -> str:
     long_tailed = dataset.params.imbalance is not None
     protocol = parse_protocol(spec.protocol or ("longtail" if long_tailed else None), dataset.selected)
     find("networks", spec.network)
+    decoders()  # a wrong variable is told now and not in the first batch
     find_augment(spec.augment, dataset.augment)
     if spec.selection != "last" and not dataset.params.val:
         raise UserError(f"selection={spec.selection} needs validation images; use selection=last, or a val above 0")

@@ -567,7 +567,7 @@ def pick_device(text: str) -> torch.device:
     if text == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     kind, _, index = text.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+    if kind not in ("cpu", "cuda") or (index and not (index.isascii() and index.isdecimal() and len(index) < 5)):
         raise UserError(f"device {text!r} is not known; use auto, cpu, cuda or cuda:N")
     if kind == "cpu":
         return torch.device("cpu")

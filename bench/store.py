@@ -37,6 +37,7 @@ from .disk import (
     write_json,
 )
 from .errors import UserError, nearest
+from .paths import usable
 from .spec import content_hash
 
 SCHEMA = 2
@@ -69,14 +70,9 @@ class Store:
     """
 
     def __init__(self, root: Path | str) -> None:
-        self.root = Path(root).expanduser()
+        self.root = usable(root, "store")
         self.aside: list[tuple[Path, str]] = []
-        try:
-            wrong = self.root.exists() and not self.root.is_dir()
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"store {str(self.root)[:100]}: {reason}; give another folder with --store") from None
-        if wrong:
+        if self.root.exists() and not self.root.is_dir():
             raise UserError(f"store {self.root} is a file; give a folder with --store")
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -81,6 +82,6 @@ class _Rows(Dataset):
 def decoders() -> int:
     """Worker processes that decode for one run."""
     text = os.environ.get(DECODERS, str(min(8, os.cpu_count() or 1)))
-    if not text.isdigit():
-        raise UserError(f"{DECODERS}={text!r} is not a number of processes, e.g. 4")
+    if not re.fullmatch(r"[0-9]{1,3}", text):
+        raise UserError(f"{DECODERS}={text!r} is not a number of processes, 0 to 999, e.g. 4")
     return int(text)

@@ -329,7 +329,7 @@ def _read_fonts(files: list[Path], size: int) -> Domain:
     groups = []
     for path in paths:
         number = path.stem.partition("-")[2]
-        if not number.isdigit():
+        if not number.isdecimal():
             raise UserError(f"{path} is not named imgCCC-NNNNN.png as in Chars74K; remove it")
         groups.append(_FONTS + (int(number) - 1) // 4)
     return Domain("chars74k", _tensor(_pictures(paths, size)), labels, group=torch.tensor(groups))

@@ -29,6 +29,7 @@ from ..bench.folders import (
     same_classes,
     square,
 )
+from ..bench.paths import usable
 
 _USABLE = re.compile(r"[A-Za-z0-9_.-]+")  # as the name of a domain: it becomes part of metric and file names
 _WORDS = {  # part -> what its folder is called
@@ -114,7 +115,7 @@ class ImageFolder(DataSet):
         return Domain(name, images, labels, test if self.tests else None)
 
     def _path(self) -> Path:
-        return (self.root or Path()) / Path(self.variant).expanduser()
+        return usable((self.root or Path()) / usable(self.variant, "folder"), "folder")
 
     def _base(self) -> Path:
         path = self._path()

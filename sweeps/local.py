@@ -443,7 +443,7 @@ def find_gpus(device: str) -> list[str]:
         UserError: There is no such device.
     """
     kind, _, index = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
+    if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not re.fullmatch("[0-9]{1,4}", index))):
         raise UserError(f"device {device!r} is not known; use auto, cpu, cuda or cuda:N")
     if kind == "cpu":
         return []

@@ -96,6 +96,9 @@ RUN = ("run", "--method", "lsq")
         ((*RUN, "--protocol", "lodo"), ("lodo",)),
         ((*RUN, "--protocol", "lodo:fnts"), ("'fnts'", "did you mean 'fonts'")),
         ((*RUN, "--device", "gpu"), ("'gpu'", "use auto, cpu, cuda or cuda:N")),
+        ((*RUN, "--device", "cuda:²"), ("'cuda:²'", "use auto, cpu, cuda or cuda:N")),
+        ((*RUN, "--device", "cuda:" + "9" * 5000), ("use auto, cpu, cuda or cuda:N",)),
+        (("sweep", "quickstart", "--device", "cuda:²"), ("'cuda:²'", "use auto, cpu, cuda or cuda:N")),
         ((*RUN, "--device", "cuda:99"), ("'cuda:99'", "use auto or cpu")),
         ((*RUN, "--device", "tpu", "--data", "office31"), ("'tpu'", "use auto, cpu, cuda or cuda:N")),
         ((*RUN, "--set", "batch=4", "--set", "accumulate=8"), ("accumulate=8", "batch=24 or more")),
@@ -205,6 +208,71 @@ def test_large_missing_and_directory_suites_are_refused(cli, tmp_path) -> None:
     (tmp_path / "folder.yaml").mkdir()
     for name, fragment in (("large", "50 MB"), ("folder", "is a directory"), ("nowhere", "does not exist")):
         refused(cli("sweep", tmp_path / f"{name}.yaml", "--store", tmp_path / "runs"), f"{name}.yaml", fragment)
+
+
+# Paths and variables
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("line", "fragments"),
+    [
+        (("new", "method", "m" * 300), ("method name", "up to 64")),
+        (("new", "method", "mine", "--dir", LONG), ("folder", "too long")),
+        ((*RUN, "--store", LONG), ("store", "too long", "another path")),
+        (("report", "--store", LONG), ("store", "too long")),
+        (("dash", "--store", f"there/{LONG}"), ("store", "too long")),
+        (("report", "--store", "~nobody_of_that_name"), ("store", "no such user")),
+        ((*RUN, "--data-root", LONG), ("data root", "too long")),
+        ((*RUN, "--plugin", f"{LONG}.py"), ("plugin", "too long")),
+        ((*RUN, "--plugin", "loop.py"), ("plugin", "symbolic links")),
+        ((*RUN, "--plugin", "~nobody_of_that_name/x.py"), ("plugin", "no such user")),
+        ((*RUN, "--data", f"imagefolder:/{LONG}"), ("folder", "too long")),
+        ((*RUN, "--data", "imagefolder:~nobody_of_that_name/x"), ("folder", "no such user")),
+        (("sweep", f"{LONG}.yaml"), ("too long",)),
+        (("sweep", "loop.yaml"), ("loop.yaml", "symbolic links")),
+        (("sweep", "pipe.yaml"), ("pipe.yaml", "a pipe or a device")),
+        ((*RUN, "--set", f"plan={LONG}"), ("plan", "too long")),
+        ((*RUN, "--set", f"plan={'y' * 5000}"), ("plan", "too long")),
+        ((*RUN, "--method", "z" * 5000), ("unknown method",)),
+        ((*RUN, "--data", "a\nb\x1b[31m"), ("unknown data set 'a\\nb\\x1b[31m'",)),
+        ((*RUN, "--set", "a\nb=1"), ("unknown key 'a\\nb'",)),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, tuple) else None,
+)
+def test_path_that_no_file_can_have_is_refused(cli, tmp_path, monkeypatch, line, fragments) -> None:
+    """Without it, a long name, a circle of links or an unknown user is a traceback, and a pipe a wait without end."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("loop.py", "loop.yaml"):
+        (tmp_path / name).symlink_to(name)
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert len(refused(cli(*line), *fragments)) < 2100
+
+
+def test_doctor_says_what_is_wrong_with_a_path(cli) -> None:
+    """Without it, the command that should say what is wrong ends in a traceback itself."""
+    answer = cli("doctor", "--store", LONG, "--data-root", LONG)
+    assert (answer.status, answer.err) == (1, "")
+    assert "too long" in answer.out
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        *(("QATBENCH_DECODED_GB", value) for value in ("inf", "-inf", "nan", "-1", "1e400", "1e30", "much", "0x10")),
+        *(("QATBENCH_DECODERS", value) for value in ("²", "-1", "1e3", "99999999", "inf", "many")),
+        ("QATBENCH_DATA", "/nowhere/at/all"),
+        ("QATBENCH_DATA", LONG),
+        ("QATBENCH_STORE", LONG),
+        ("QATBENCH_STORE", "/dev/null"),
+    ],
+)
+def test_variable_that_cannot_be_is_refused(cli, tmp_path, monkeypatch, variable, value) -> None:
+    """Without it, a variable set long ago is a traceback, hours after the start, or a thousand processes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(variable, value)
+    refused(cli(*RUN), value if len(value) < 20 else "")
 
 
 # The data root

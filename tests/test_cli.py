@@ -352,6 +352,76 @@ def test_reader_that_goes_away(line) -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
+def complete(code: str, *, env: dict[str, str] | None = None, **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=240,
+        check=False,
+        env={**os.environ, **(env or {})},
+        **options,
+    )
+
+
+ALL = """
+import sys
+from qatbench.__main__ import main
+for line in {lines!r}:
+    sys.argv = ["qatbench", *line]
+    try:
+        main()
+    except SystemExit as ended:
+        assert not ended.code, (line, ended.code)
+"""
+
+
+def test_every_command_in_a_terminal_without_unicode(tiny, tmp_path) -> None:
+    """Without it, a table's middle dot or line ends `report` in a traceback where the locale is plain ASCII."""
+    run_id = json.loads(tiny("ptq", "--json").out)["run_id"]
+    store = ["--store", str(tmp_path / "runs")]
+    (tmp_path / "mine.yaml").write_text("data: squares\nmethod: ptq\nepochs: 1\nfloat_epochs: 1\nbatch: 32\n")
+    few = ["--images", "16", "--directions", "1", "--iterations", "1"]
+    suite, plugin = str(tmp_path / "mine.yaml"), ["--plugin", str(SQUARES)]
+    lines = [
+        ["report", *store],
+        ["report", *store, "--json"],
+        ["dash", *store],
+        ["doctor", *store],
+        ["list", "methods"],
+        ["list", "datasets"],
+        ["list", "suites"],
+        ["data", "list", *store],
+        ["run", "--method", "ptq", *TINY, "--no-wandb", *store],
+        ["sweep", suite, *plugin, *store, "--dry-run"],
+        ["sweep", suite, *plugin, *store, "--no-wandb"],
+        ["status", "mine", *store],
+        ["probe", run_id, *few, *plugin, *store],
+        ["data", "show", "squares", *plugin, *store, "--out", str(tmp_path / "squares.png")],
+        ["data", "prepare", "squares", *plugin, *store],
+        ["data", "verify", "squares", *plugin, *store],
+        ["--help"],
+    ]
+    plain = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    ended = complete(ALL.format(lines=lines), env=plain, stdout=subprocess.PIPE)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "?" in ended.stdout
+
+
+def test_output_that_goes_nowhere() -> None:
+    """Without it, a closed or full output is a traceback of Python."""
+    code = "from qatbench.__main__ import main; import sys; sys.argv = ['qatbench', 'list', 'suites'{}]; main()"
+    for more in ("", ", '--json'"):
+        closed = complete(f"import os; os.close(1)\n{code.format(more)}", stdout=subprocess.DEVNULL)
+        assert "Traceback" not in closed.stderr
+        none = complete(f"import sys; sys.stdout = None\n{code.format(more)}", stdout=subprocess.DEVNULL)
+        assert (none.returncode, none.stderr) == (0, "")
+        with open("/dev/full", "w") as full:
+            ended = complete(code.format(more), stdout=full)
+        assert (ended.returncode, ended.stderr) == (2, "qatbench: No space left on device\n")
+
+
 # probe
 
 

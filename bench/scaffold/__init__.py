@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import keyword
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..disk import create_file
 from ..errors import UserError
+from ..paths import usable
 
 if TYPE_CHECKING:
     from ..registry import Plugin
@@ -27,22 +29,24 @@ def write_method(name: str, folder: Path) -> tuple[Path, Path]:
     """
     from ..registry import plugins
 
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name) or keyword.iskeyword(name):
         raise UserError(
-            f"method name {name!r}: use lower-case letters, digits and _, starting with a letter, e.g. my_method"
+            f"method name {name[:100]!r}: use up to 64 lower-case letters, digits and _, starting with a letter, e.g. my_method"
         )
     taken = {p.name: p.origin for p in plugins("methods")}
     if name in taken:
         raise UserError(f"a method named {name!r} exists already ({taken[name]}); choose another name")
+    folder = usable(folder, "folder")
     method, test = folder / f"{name}.py", folder / f"test_{name}.py"
     for path in (method, test):
-        if path.exists():
+        if os.path.lexists(path):
             raise UserError(f"{path} exists already; choose another name or move it")
     words = {"name": name, "cls": "".join(part.capitalize() for part in name.split("_")), "file": method.name}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, template in ((method, "method.py.tmpl"), (test, "test_method.py.tmpl")):
-            create_file(path, Template((_HERE / template).read_text()).substitute(words).encode())
+            text = (_HERE / template).read_text(encoding="utf-8")
+            create_file(path, Template(text).substitute(words).encode())
     except OSError as error:
         raise UserError(f"cannot write into {folder}: {error.strerror}; choose another folder with --dir") from None
     return method, test
@@ -74,7 +78,7 @@ def check_file(file: Path) -> int:
         lines += [*_suite_of(plugin), f"    plugin = {str(file.resolve())!r}", ""]
     with tempfile.TemporaryDirectory() as folder:
         test = Path(folder) / f"test_{file.stem}_contract.py"
-        test.write_text("\n".join(lines))
+        test.write_text("\n".join(lines), encoding="utf-8")
         (Path(folder) / "pytest.ini").write_text("[pytest]\nmarkers = slow: takes more than ten seconds\n")
         options = [
             "-q",

@@ -651,6 +651,46 @@ def test_a_plugin_that_loads_nonsense_is_told_so(tmp_path, change, says):
         open_data(Wrong, {}, None, tmp_path)
 
 
+def raising(error: BaseException):
+    def hook(self):
+        raise error
+
+    return hook
+
+
+@pytest.mark.parametrize(
+    ("facts", "says"),
+    [
+        ({"domains": ()}, r"domains are \(\); give distinct names"),
+        ({"domains": ("a", "a")}, "give distinct names"),
+        ({"domains": ("../../a",)}, "give distinct names of letters"),
+        ({"domains": 3}, "give distinct names"),
+        ({"image": (3, 8)}, r"give \(C, H, W\)"),
+        ({"image": (3, 0, 8)}, r"give \(C, H, W\)"),
+        ({"image": None}, r"give \(C, H, W\)"),
+        ({"crop": 4}, "give"),
+        ({"classes": ("x", 3)}, "classes are"),
+        ({"classes": None}, "classes are"),
+        *(
+            ({name: raising(StopIteration())}, f"{name} raised StopIteration")
+            for name in ("look", "load", "fingerprint")
+        ),
+        ({"load": raising(SystemExit(0))}, "load raised SystemExit: 0"),
+        ({"load": lambda self: None}, "load returned None; expected a list of Domain"),
+        ({"load": lambda self: [3]}, "expected a list of Domain"),
+        ({"load": lambda self: [Domain("one", [1], [2])]}, "all of them tensors"),  # type: ignore[arg-type]
+        ({"load": lambda self: [Domain("one", torch.zeros(3), torch.tensor(3))]}, "all of them tensors"),
+        ({"fingerprint": lambda self: b"x"}, "expected a str"),
+    ],
+)
+def test_a_data_set_plugin_that_misbehaves_is_named(tmp_path, facts, says):
+    """Broken if a hook or a fact of a plugin's data set ends in another exception's clothes, or in silence."""
+    with pytest.raises((UserError, RunFailed), match=says) as caught:
+        open_data(type("Wrong", (Tiny,), {"name": "wrong", **facts}), {}, None, tmp_path)
+    assert "wrong" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_images_are_mapped_not_copied(tmp_path):
     """Broken if opening prepared data reads it all into memory."""
     loaded = open_data(Tiny, {}, None, tmp_path)

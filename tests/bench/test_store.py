@@ -214,7 +214,7 @@ def test_other_things_in_the_store_are_passed_over(tmp_path):
     assert [r["run_id"] for r in store.records()] == [ID]
     assert [path.parent.name for path, _ in store.aside] == ["odd"]
     (tmp_path / ("x" * 200)).mkdir()
-    with pytest.raises(UserError, match="File name too long; give another folder with --store"):
+    with pytest.raises(UserError, match="File name too long; give another path"):
         Store(tmp_path / ("x" * 300))
 
 
