@@ -178,6 +178,7 @@ def test_budgets_share_the_traces(name: str, tmp_path: Path, monkeypatch: pytest
     assert len(calls) - measured_alone == len(files(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_a_run_keeps_them_beside_its_float_network(tmp_path: Path) -> None:
     """The runner would hand nothing on, so that each run of a sweep measures anew; or a resumed run would have another plan."""
     told: list[dict] = []

@@ -166,10 +166,9 @@ def test_the_module_of_the_public_code() -> None:
     quantizer.fit(x)
     quantizer.zero_grad()
     quantizer(x).sum().backward()
-    beta = float(quantizer.factor(x))
-    of_beta = float(quantizer.adapter[-1].bias.grad) / float(
-        quantizer.step
-    )  # both are sums of the same over the features
+    beta = float(quantizer.factor(x).detach())
+    step = float(quantizer.step.detach())
+    of_beta = float(quantizer.adapter[-1].bias.grad) / step  # both are sums of the same over the features
     assert of_beta / (float(quantizer.step.grad) / beta) == pytest.approx(43.8178, rel=1e-4)  # 1 / g, 128 features
 
 
