@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ..bench.method import Method
-from ..bench.quant import Decode, Quantizer, Scope, grid_codes, redo_grid, round_to_grid
+from ..bench.quant import Decode, Quantizer, Scope, closest_step, grid_codes, redo_grid, round_to_grid
 from ..bench.site import Site
+from ..bench.spec import Frozen
 
 SMALLEST_STEP = 1e-8
 
@@ -52,16 +55,35 @@ class LearnedStep(Quantizer):
         self.step.clamp_(min=SMALLEST_STEP)
 
 
+class ClosestStep(LearnedStep):
+    """The same from another start."""
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """The step with the least squared error on ``x``."""
+        self.step.copy_(closest_step(x, self.qmin, self.qmax))
+
+
 class LSQ(Method):
     """Learned step size quantization (Esser et al. 2020, arXiv 1902.08153), as in the paper: per tensor, unsigned activations.
 
     N in the gradient scale is the number of weights, or of features of one image (sec. 2.2); public codes often count the whole
     batch instead, which makes the steps' gradients smaller by the root of the batch size.
+
+    The paper's start is small for activations behind a ReLU, many of which are zero, and a short run does not get far from it: on
+    optdigits (1,000 images, 3 epochs, w2a2, one seed) ``act_start="mse"`` had 67.5 %, the paper's, which is the default, 56.1 %.
     """
 
     name = "lsq"
     paper = "Esser et al., Learned step size quantization, ICLR 2020, arXiv 1902.08153"
     fidelity = "paper"
+
+    class Params(Frozen):
+        """Settings of LSQ."""
+
+        act_start: Literal["paper", "mse"] = Field(
+            "paper", description="start of the activations' steps: the paper's, or the least squared error on the probe"
+        )
 
     def weight_quantizer(self, bits: int, site: Site, scope: Scope) -> Quantizer:
         """Signed."""
@@ -69,4 +91,5 @@ class LSQ(Method):
 
     def act_quantizer(self, bits: int, site: Site, scope: Scope) -> Quantizer:
         """Unsigned after a ReLU."""
-        return LearnedStep(bits, site, scope, site.signed_input, site.inputs)
+        kind = LearnedStep if self.params.act_start == "paper" else ClosestStep
+        return kind(bits, site, scope, site.signed_input, site.inputs)

@@ -63,7 +63,7 @@ FindRun = Callable[..., Resolved]
 def test_normal_form_is_whole(find_run: FindRun) -> None:
     """A record would not tell what was run: a default that changes later would change its meaning."""
     found = find_run("kd+lsq", params={"kd": {"weight": 0.25}})
-    assert found.spec.params == {"kd": {"weight": 0.25, "temperature": 4.0}, "lsq": {}}
+    assert found.spec.params == {"kd": {"weight": 0.25, "temperature": 4.0}, "lsq": {"act_start": "paper"}}
     assert found.spec.protocol == "mdl"
     assert found.spec.augment == "shift"
     plain = {"limit": None, "val": 0.1, "balance": False, "imbalance": None, "lt_list": "ldam"}

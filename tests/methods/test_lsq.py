@@ -7,7 +7,7 @@ import torch
 from qatbench.bench.quant import Scope
 from qatbench.bench.site import Site
 from qatbench.bench.testing import MethodContract, ready
-from qatbench.methods.lsq import LearnedStep
+from qatbench.methods.lsq import ClosestStep, LearnedStep
 
 SITE = Site("layer", "layer", (4,), weights=36, inputs=72)
 
@@ -47,6 +47,26 @@ def test_the_starting_step_is_the_papers() -> None:
         assert quantizer.step.item() == pytest.approx(2 * x.abs().mean().item() / math.sqrt(qmax))
     quantizer.fit(torch.zeros(5))
     assert quantizer.step.item() > 0
+
+
+def test_another_start_of_the_activations_is_a_setting() -> None:
+    """What a comparison in short runs owes to the paper's start could not be told from what it owes to the method."""
+    starts = {}
+    for start in ("paper", "mse"):
+        method, _ = ready("lsq", bits="w2a2", params={"lsq": {"act_start": start}})
+        module = method.net.get_submodule(next(s.name for s in method.sites if s.kind == "layer" and not s.edge))
+        starts[start] = [module.weight_quantizer.step.item(), module.act_quantizer.step.item()]
+    assert starts["mse"][0] == starts["paper"][0]
+    assert starts["mse"][1] > starts["paper"][1]
+    x = torch.randn(500, generator=torch.Generator().manual_seed(0)).relu()
+    quantizer = ClosestStep(2, SITE, Scope(), False, 9)
+    quantizer.fit(x)
+    best = (quantizer(x) - x).square().mean()
+    for factor in (0.8, 1.25):
+        with torch.no_grad():
+            quantizer.step.mul_(factor)
+            assert (quantizer(x) - x).square().mean() > best
+            quantizer.step.div_(factor)
 
 
 def test_steps_are_not_decayed_and_stay_positive() -> None:
