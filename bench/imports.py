@@ -134,7 +134,7 @@ def _spec(name: str) -> ModuleSpec | None:
 
 def _counts(name: str, origin: str | None) -> bool:
     top = name.partition(".")[0]
-    if origin is None or top in ("qatbench", "__main__") or top in sys.stdlib_module_names:
+    if origin is None or top in ("qatbench", "__main__", "__mp_main__") or top in sys.stdlib_module_names:
         return False
     path = os.path.realpath(origin)
     if not os.path.isabs(origin) or not {"site-packages", "dist-packages"}.isdisjoint(Path(path).parts):
