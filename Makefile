@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 python_is = $(shell $(PYTHON) -c 'import sys; v = sys.version_info[:2]; print("ok" if (3, 11) <= v <= (3, 13) else "%d.%d" % v)' 2>/dev/null)
 python_hint = qatbench needs Python 3.11, 3.12 or 3.13, but $(PYTHON) is $(if $(python_is),$(python_is),not there); try: make $(MAKECMDGOALS) PYTHON=python3.12
 
-.PHONY: help venv quickstart test test-fast lint perf constraints wheel clean
+.PHONY: help venv quickstart test test-fast nightly lint perf constraints wheel clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -30,11 +30,14 @@ $(BIN)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 quickstart: venv  ## train and compare nine small networks, then say where the leaderboard is
 	@$(BIN)/qatbench quickstart $(ARGS)
 
-test: venv  ## all tests
+test: venv  ## the tests, but for the nightly ones
 	$(PYTEST) $(ARGS)
 
 test-fast: venv  ## the tests that take less than ten seconds each
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not nightly" $(ARGS)
+
+nightly: venv  ## the tests that take minutes and do in full what others do in part
+	$(PYTEST) -m nightly $(ARGS)
 
 lint: venv  ## ruff and pyright
 	$(BIN)/ruff check

@@ -35,7 +35,7 @@ def faults(told: dict[str, Any]) -> list[str]:
     return [what for what, there in found.items() if there]
 
 
-@pytest.mark.parametrize("step", [8, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("step", [8, pytest.param(1, marks=[pytest.mark.nightly, pytest.mark.timeout(3600)])])
 def test_malformed_requests_are_answered_in_one_line(tmp_path: Path, step: int) -> None:
     """Without it, a wrong file, name or number somewhere is a traceback, a wait without end, or a file where none belongs."""
     told = answers(tmp_path, step)

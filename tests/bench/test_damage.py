@@ -159,7 +159,7 @@ def try_flip(whole: Whole, root: Path, rng: random.Random, caplog: pytest.LogCap
     return damaged.name
 
 
-@pytest.mark.parametrize("flips", [40, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flips", [40, pytest.param(300, marks=pytest.mark.nightly)])
 def test_no_flipped_bit_changes_a_number_unseen(whole, tmp_path, caplog, flips):
     """A disk that rots would change a number on the leaderboard, or what it rests on, without a word; or end in a traceback."""
     rng = random.Random(flips)
@@ -172,7 +172,7 @@ def kinds(root: Path) -> list[Path]:
     return list({(path.name, path.parts[0] in ("float", "data", "suites")): path for path in files(root)}.values())
 
 
-@pytest.mark.parametrize("which", [kinds, pytest.param(files, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("which", [kinds, pytest.param(files, marks=pytest.mark.nightly)])
 def test_no_removed_file_changes_a_number_unseen(whole, tmp_path, caplog, which):
     """A file that is gone would be replaced by another number without a word, or end in a traceback."""
     for n, damaged in enumerate(which(whole.root)):
