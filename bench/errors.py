@@ -36,7 +36,9 @@ def trouble(error: BaseException | None) -> str | None:
 
     Neither the request nor the method is to blame then: what was begun is left, and goes on when it is asked for again.
     """
-    while error is not None:
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:  # a plugin may raise an error from itself
+        seen.append(error)
         if isinstance(error, OSError) and error.errno is not None and error.errno in _MACHINE:
             where = f": {error.filename}" if isinstance(error.filename, str) else ""
             return "no space left on the disk" if error.errno in _FULL else f"{os.strerror(error.errno)}{where}"

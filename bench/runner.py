@@ -361,7 +361,9 @@ class _Session:
         try:
             self.method = self._assembled(net, plan)
         except RunFailed as error:
-            raise error if saved is None else other_code(self.folder / LAST, error) from error
+            if saved is None:
+                raise
+            raise other_code(self.folder / LAST, error) from error
         self.method.to(self.device)
         if self.tracker is not None:
             rows = [

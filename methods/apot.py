@@ -109,7 +109,7 @@ class AdditivePowers(Quantizer):
     def fit(self, x: Tensor) -> None:
         """The paper's starting value, whatever the data; ``rule="fit"``: three times the root mean square of ``x``."""
         rms = x.detach().double().square().mean().sqrt().float()
-        self.alpha.copy_(3 * rms if self.rule == "fit" and rms > 0 else torch.full_like(rms, self.init))
+        self.alpha.copy_(3 * rms if self.rule == "fit" and rms > SMALLEST_CLIP else torch.full_like(rms, self.init))
 
     def cells(self, x: Tensor) -> Tensor:
         """Cell of each element, int32."""
@@ -154,7 +154,7 @@ class NormalizedPowers(AdditivePowers):
     def _normalized(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """The weight with mean 0 and variance 1, and its scale (scalar): std or 1."""
         exact = w.detach().double()  # the square of a large float32 is not finite
-        std = exact.std().nan_to_num().to(w.dtype)  # unbiased, as in the authors' code; NaN of a single weight
+        std = exact.std(correction=min(1, exact.numel() - 1)).to(w.dtype)  # unbiased, as in the authors' code
         std = torch.where(std > SMALLEST_STD, std, 1.0)  # all weights may be alike
         return (w - exact.mean().to(w.dtype)) / std, std if self.scale == "std" else torch.ones_like(std)
 

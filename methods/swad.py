@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -167,7 +167,8 @@ class SWAD(Wrapper):
 
     def _finish(self, run: Run) -> None:
         load_flat(run.net, self.average)
-        with evaluating(run.net), fresh_norms(run.net) as norms:
+        still = {id(p) for member in run.method.members for p in member.frozen(run)}
+        with evaluating(run.net), fresh_norms(run.net, still) as norms:
             if norms:
                 for batch in run.method.data.train_dataloader():
                     self.scope.domain, self.scope.labels, self.scope.track = batch.domain, None, False
@@ -196,9 +197,18 @@ def load_flat(net: nn.Module, values: Tensor) -> None:
 
 
 @contextmanager
-def fresh_norms(net: nn.Module) -> Iterator[list[Any]]:
-    """In here the BatchNorms' running statistics are the plain mean over the passes; afterwards they are those of all ranks."""
-    norms: list[Any] = [m for m in net.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None]
+def fresh_norms(net: nn.Module, still: Collection[int] = ()) -> Iterator[list[Any]]:
+    """In here the BatchNorms' running statistics are the plain mean over the passes; afterwards they are those of all ranks.
+
+    Args:
+        net: The network.
+        still: Ids of parameters that another member has frozen; a norm of such a scale keeps its statistics.
+    """
+    norms: list[Any] = [
+        m
+        for m in net.modules()
+        if isinstance(m, BATCH_NORMS) and m.running_mean is not None and id(m.weight) not in still
+    ]
     before = [(norm.training, norm.momentum) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from pictures import write_classes
+from qatbench.bench.disk import read_json
 from support import SQUARES, TINY, read_offline
 
 HEAVY = ("torch", "lightning", "pandas", "numpy", "rich", "wandb", "yaml", "sklearn")
@@ -146,7 +147,7 @@ def test_json_is_the_record(tiny, tmp_path) -> None:
     """Without it, a script cannot read what a run gave."""
     answer = tiny("ptq", "--json")
     (record,) = tmp_path.glob("runs/*/result.json")
-    assert json.loads(answer.out) == json.loads(record.read_text())
+    assert json.loads(answer.out) == read_json(record)
 
 
 def test_settings_reach_the_spec(tiny) -> None:
@@ -442,7 +443,7 @@ def test_probe_measures_and_draws(cli, tiny, tmp_path) -> None:
     found = json.loads(again.out)
     assert found["figure"] == str(tmp_path / "flat.png")
     assert [run["run_id"] for run in found["runs"]] == [ids[1]]
-    assert found["runs"][0] == json.loads((tmp_path / "runs" / ids[1] / "flatness.json").read_text())
+    assert found["runs"][0] == read_json(tmp_path / "runs" / ids[1] / "flatness.json")
     assert (tmp_path / "flat.png").exists()
     assert not figure.exists()
 

@@ -24,7 +24,7 @@ from qatbench.bench import registry
 from qatbench.bench import runner as runner_module
 from qatbench.bench.data import DataModule
 from qatbench.bench.disk import read_json, write_json
-from qatbench.bench.errors import UserError
+from qatbench.bench.errors import UserError, trouble
 from qatbench.bench.fit import load, save
 from qatbench.bench.models.resnet import ResNet8
 from qatbench.bench.resolve import resolve
@@ -716,3 +716,12 @@ def test_unknown_device_is_refused_before_anything_is_written(tmp_path: Path) ->
     with pytest.raises(UserError, match="use auto or cpu"):
         run(resolved, store, device="cuda:99", wandb=False)
     assert not store.path(resolved.run_id).exists()
+
+
+def test_an_error_that_is_its_own_cause_has_an_end() -> None:
+    """A plugin that raises an error from itself would keep the run busy for ever."""
+    error, other = ValueError("no luck"), KeyError("x")
+    error.__cause__, other.__cause__ = other, error
+    assert trouble(error) is None
+    other.__cause__ = OSError(errno.ENOSPC, "full")
+    assert trouble(error) == "no space left on the disk"
