@@ -430,6 +430,33 @@ def test_divergence_is_a_failure_with_a_reason(tmp_path: Path) -> None:
     assert record["reason"].startswith("diverged: ")
 
 
+def test_a_run_in_bf16_is_used_in_bf16(tmp_path: Path) -> None:
+    """An export or a probe would hold another network against the record than the one that was measured."""
+    store = Store(tmp_path / "runs")
+    record = go(store, "lsq", precision="bf16")
+    found, seen = load_run(store, record["run_id"]), []
+    found.method.net.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+    shares = []
+    for loader in found.data.open_test():
+        with torch.no_grad():
+            right = torch.cat([found.method.use(batch).argmax(1) == batch.y for batch in loader])
+        shares.append(float(right.float().mean()))
+    assert sum(shares) / len(shares) == pytest.approx(record["metrics"]["test/acc"])
+    assert set(seen) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"), [({"lr": 1e30}, "take a smaller lr"), ({"float_lr": 1e30}, "take a smaller float_lr")]
+)
+def test_divergence_in_the_last_update_is_seen(tmp_path: Path, settings: dict[str, Any], advice: str) -> None:
+    """A run whose weights are infinite after its only update would be done, or fail in the words of a JSON library."""
+    record = go(Store(tmp_path / "runs"), "fp32", epochs=1, float_epochs=1, batch=4096, **settings)
+    assert record["status"] == "failed"
+    assert record["reason"].startswith("diverged: ")
+    assert record["reason"].endswith(advice)
+    assert record["metrics"] == {}
+
+
 def test_failed_run_may_succeed_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it, a run that failed for want of memory or disk can never be done."""
     store = Store(tmp_path / "runs")
