@@ -33,7 +33,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _TEMPORARY = re.compile(r"\.tmp-([0-9a-f]{8})-(\d+)-[0-9a-f]{16}$")
 _STALE = 24 * 3600  # seconds after which a temporary file of another machine is of a process that died
-_BIGGEST = 16 * 2**20  # of a JSON file: ours are some kilobytes
+BIGGEST = 16 * 2**20  # of a JSON file: ours are some kilobytes
 _SEAL = re.compile(rb',\n "digest": "([0-9a-f]{64})"\n}\n\Z')
 _SEAL_LENGTH = len(b',\n "digest": ""\n}\n') + 64
 
@@ -209,7 +209,7 @@ def read_json(path: Path | str) -> dict[str, Any]:
         FileNotFoundError: There is none.
         Damaged: It is no such table, or is not as it was written.
     """
-    value, intact = parse_json(read_file(path, _BIGGEST))
+    value, intact = parse_json(read_file(path, BIGGEST))
     if not intact:
         raise Damaged(changed(value))
     return value

@@ -17,27 +17,10 @@ from .dataset import DataSet, Domain
 from .errors import UserError, nearest
 from .images import Encoded, kind_of
 
-EXTENSIONS = tuple(  # in any case
-    [
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".jfi",
-        ".jif",
-        ".png",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-        ".bmp",
-        ".dib",
-        ".tif",
-        ".tiff",
-        ".webp",
-        ".gif",
-    ]
-)
+EXTENSIONS = (  # in any case
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".png", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".dib", ".tif", ".tiff",
+    ".webp", ".gif",
+)  # fmt: skip
 STORED = 256 / 224  # side of a stored image over that of what the network sees: room for random crops
 
 _ENDING = {

@@ -24,6 +24,7 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 
 from .disk import (
+    BIGGEST,
     FULL,
     Damaged,
     changed,
@@ -50,7 +51,6 @@ NET = "net.pt"
 _OWN = frozenset({"float", "suites", "locks", "data"})
 _SECTIONS = ("metrics", "cost", "time", "files", "provenance", "wandb")
 _NAMED = 20  # known runs in a message
-_BIGGEST = 16 * 2**20  # a record is some kilobytes; whatever is larger was not written by us
 _NAME = re.compile(r"\w[\w.+-]*")
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 _SHARES = re.compile(r"acc(_\w+)?|bacc|ece")
@@ -366,7 +366,7 @@ def _free(path: Path) -> Path:
 
 
 def _load(path: str, run_id: str) -> dict[str, Any]:
-    record, intact = parse_json(read_file(path, _BIGGEST))
+    record, intact = parse_json(read_file(path, BIGGEST))
     _check_schema(record, intact)
     return _check(record, run_id)
 
@@ -381,7 +381,7 @@ def _status(path: Path, run_id: str) -> str | None:
 
 def _load_float(path: Path, float_id: str) -> dict[str, Any]:
     try:
-        result, intact = parse_json(read_file(path, _BIGGEST))
+        result, intact = parse_json(read_file(path, BIGGEST))
         _check_schema(result, intact)
         if result.get("float_id") != float_id:
             raise Damaged(f"is of float network {result.get('float_id')!r}")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from pydantic import Field
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from ..bench import ranks
 from ..bench.errors import RunFailed
 from ..bench.method import Run, Stage, Wrapper
-from ..bench.quant.layer import BATCH_NORMS
+from ..bench.quant.layer import measured_norms
 from ..bench.spec import Frozen
 from .ldam_drw import LDAMDRW
 from .tau_norm import TauNorm, evaluating
@@ -167,13 +165,16 @@ class SWAD(Wrapper):
 
     def _finish(self, run: Run) -> None:
         load_flat(run.net, self.average)
-        still = {id(p) for member in run.method.members for p in member.frozen(run)}
-        with evaluating(run.net), fresh_norms(run.net, still) as norms:
+        still = {p for member in run.method.members for p in member.frozen(run)}
+        with evaluating(run.net), measured_norms(run.net, still) as norms:
             if norms:
                 for batch in run.method.data.train_dataloader():
                     self.scope.domain, self.scope.labels, self.scope.track = batch.domain, None, False
                     with self._autocast():
                         run.net(batch.x)
+        for norm in norms:
+            ranks.mean_(norm.running_mean)
+            ranks.mean_(norm.running_var)
         for member in run.method.members:
             if isinstance(member, LDAMDRW | TauNorm):  # what they note of the head is of other weights
                 member.measure(run.net)
@@ -194,29 +195,3 @@ def load_flat(net: nn.Module, values: Tensor) -> None:
     state = averaged_state(net)
     for value, part in zip(state, values.split([v.numel() for v in state]), strict=True):
         value.detach().copy_(part.view(value.shape))
-
-
-@contextmanager
-def fresh_norms(net: nn.Module, still: Collection[int] = ()) -> Iterator[list[Any]]:
-    """In here the BatchNorms' running statistics are the plain mean over the passes; afterwards they are those of all ranks.
-
-    Args:
-        net: The network.
-        still: Ids of parameters that another member has frozen; a norm of such a scale keeps its statistics.
-    """
-    norms: list[Any] = [
-        m
-        for m in net.modules()
-        if isinstance(m, BATCH_NORMS) and m.running_mean is not None and id(m.weight) not in still
-    ]
-    before = [(norm.training, norm.momentum) for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.training, norm.momentum = True, None
-    try:
-        yield norms
-    finally:
-        for norm, (training, momentum) in zip(norms, before, strict=True):
-            norm.training, norm.momentum = training, momentum
-            ranks.mean_(norm.running_mean)
-            ranks.mean_(norm.running_var)

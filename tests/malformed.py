@@ -22,20 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SQUARES = str(Path(__file__).with_name("squares.py"))
-TINY = [
-    "--plugin",
-    SQUARES,
-    "--data",
-    "squares",
-    "--set",
-    "epochs=1",
-    "--set",
-    "float_epochs=1",
-    "--set",
-    "batch=32",
-    "--no-wandb",
-]
+import support
+
+TINY = [*support.TINY, "--no-wandb"]
+SQUARES = str(support.SQUARES)
 RUN = ["run", "--method", "ptq", *TINY]
 PATIENCE = 60.0  # seconds of the clock after which a request hangs; it may use ten of a processor
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -134,15 +134,26 @@ def _visit(net: nn.Module, x: Tensor, look: Callable[[str, QuantLayer, Tensor], 
 
 
 @contextmanager
-def measured_norms(net: nn.Module) -> Iterator[None]:
-    """In here a pass sets the running statistics of each BatchNorm to those of its batch, whatever they were."""
-    norms: list[Any] = [m for m in net.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None]
+def measured_norms(net: nn.Module, still: Set[nn.Parameter] = frozenset()) -> Iterator[list[Any]]:
+    """In here the running statistics of each BatchNorm become the plain mean over the passes, whatever they were.
+
+    Args:
+        net: The network.
+        still: Parameters that are frozen: a norm whose scale is one of them keeps its statistics.
+
+    Yields:
+        The norms.
+    """
+    norms: list[Any] = [
+        m for m in net.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None and m.weight not in still
+    ]
     before = [(norm.training, norm.momentum, norm.num_batches_tracked) for norm in norms]
     try:
         for norm in norms:
-            # A copy, so that the batches of training alone are counted.
-            norm.training, norm.momentum, norm.num_batches_tracked = True, 1.0, norm.num_batches_tracked.clone()
-        yield
+            # No momentum: the mean over all batches since the count was 0. A count of its own: that of training goes on.
+            norm.training, norm.momentum = True, None
+            norm.num_batches_tracked = torch.zeros_like(norm.num_batches_tracked)
+        yield norms
     finally:
         for norm, kept in zip(norms, before, strict=True):
             norm.training, norm.momentum, norm.num_batches_tracked = kept
